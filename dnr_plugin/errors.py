@@ -1,0 +1,37 @@
+"""The two errors that a caller is meant to tell apart; everything else is a bug or an environment failure."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class InputError(ValueError):
+    """What the user gave is wrong: one line per problem. The command line prints them and exits with 2.
+
+    Args:
+        problems: one line each, of the form ``where: what was expected, what was found``.
+    """
+
+    def __init__(self, *problems: str) -> None:
+        self.problems = problems
+        super().__init__("\n".join(problems))
+
+
+class TargetError(RuntimeError):
+    """A removal target turned out to be out of reach; the message names the closest value. Exit code 3.
+
+    Args:
+        message: one line.
+        closest: the value of the target's own measure that can be reached.
+    """
+
+    def __init__(self, message: str, closest: float) -> None:
+        self.closest = closest
+        super().__init__(message)
+
+
+def did_you_mean(found: str, known: Iterable[str]) -> str:
+    """``"; did you mean 'x'?"`` for the nearest known name, or an empty string where none is near."""
+    near = difflib.get_close_matches(found, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {near[0]!r}?" if near else ""

@@ -1,0 +1,279 @@
+"""`DyingNeuronImportance`: dying-neuron statistics as a criterion for every pruner of Torch-Pruning."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from weakref import WeakKeyDictionary
+
+import torch
+import torch_pruning as tp
+from torch import Tensor, nn
+
+from .errors import did_you_mean
+from .graph import channel_groups, uses
+from .neurons import SCORES, Evidence, Verdict, judge, score_neurons
+from .observe import Observer, input_channels
+
+# Three tiers of float64, far apart: dead neurons below, live ones between, those that must stay above.
+_DEAD, _FLOOR, _KEPT = 1e-30, 1e-20, 1e30
+_STEP = 1e-9  # relative distance that keeps neighbours in rank apart
+
+
+class DyingNeuronImportance(tp.importance.Importance):
+    r"""Scores the neurons of a dependency group by their observed activations; low = dying, removed first.
+
+    Each neuron is read at the input of every layer that uses it. Neurons that are dead on all observed samples come
+    first, whatever the score; then the others by ``score``:
+
+    ================== ============================================================== =============================
+    score              formula                                                        reduced over consumers by
+    ================== ============================================================== =============================
+    contribution       :math:`\overline{|a|}\,\lVert W_{:,c}\rVert_2`                 sum
+    variation          :math:`\operatorname{std}(a)\,\lVert W_{:,c}\rVert_2`          sum
+    magnitude          :math:`m_c=\overline{|a|}`                                     max
+    dormancy           :math:`m_c/\overline{m}` (ReDo, ICML 2023)                     max
+    firing_rate        :math:`r_c=\overline{1[a>\theta]}`                             max
+    sample_activity    share of samples in which the neuron fires anywhere            max
+    entropy            entropy of the activation histogram, bits                      max
+    on_off_entropy     entropy of firing or not, bits                                 max
+    ================== ============================================================== =============================
+
+    Scores are finite, positive and distinct over the whole network, so that Torch-Pruning's global threshold
+    (``importance <= threshold``) takes exactly as many neurons as were asked for. The best neurons of each layer are
+    lifted above every threshold, so that no layer is emptied or pruned beyond ``max_pruning_ratio``.
+
+    Example:
+        >>> importance = DyingNeuronImportance()
+        >>> with importance.observe(model):
+        ...     for images, _ in calibration: model(images)
+        >>> pruner = tp.pruner.BasePruner(model, example_inputs, importance, pruning_ratio=0.5, global_pruning=True)
+        >>> pruner.step()
+
+    Between the steps of an iterative pruner the statistics follow the channels that were kept; ``observe`` again to
+    take them anew (after recalibrating BatchNorm: on stale BatchNorm statistics they are worthless).
+
+    Args:
+        score: one of the above.
+        normalizer: divides a group's live scores by their "mean" or "max" so that layers compare in global scope;
+            None for raw scores, or a function of the live scores, float64, shape [live].
+        max_pruning_ratio: largest share in (0, 1] taken from one group over all steps, of the size it had when it was
+            first scored. (BasePruner's own is not held within a step.)
+        min_channels: neurons that every group keeps, >= 1.
+        threshold: theta >= 0; a neuron fires where its activation exceeds it.
+        share: share in (0, 1] of each batch that means, rates and histograms read.
+        bins: bins of the activation histogram.
+
+    Attributes:
+        skipped: groups that got no score, by root layer, with the reason; Torch-Pruning leaves these alone.
+
+    Raises:
+        ValueError: an argument is out of range or unknown.
+    """
+
+    def __init__(
+        self,
+        score: str = "contribution",
+        *,
+        normalizer: str | Callable[[Tensor], Tensor] | None = "mean",
+        max_pruning_ratio: float = 1.0,
+        min_channels: int = 1,
+        threshold: float = 0.0,
+        share: float = 0.125,
+        bins: int = 16,
+    ) -> None:
+        if score not in SCORES:
+            raise ValueError(
+                f"score: expected one of {', '.join(SCORES)}, found {score!r}{did_you_mean(score, SCORES)}"
+            )
+        if isinstance(normalizer, str) and normalizer not in ("mean", "max"):
+            raise ValueError(f"normalizer: expected 'mean', 'max', None or a function, found {normalizer!r}")
+        if not 0.0 < max_pruning_ratio <= 1.0:
+            raise ValueError(f"max_pruning_ratio: expected a number in (0, 1], found {max_pruning_ratio}")
+        if min_channels < 1:
+            raise ValueError(f"min_channels: expected at least 1, found {min_channels}")
+        if threshold < 0.0:
+            raise ValueError(f"threshold: expected at least 0, found {threshold}")
+        self.score, self.normalizer = score, normalizer
+        self.max_pruning_ratio, self.min_channels = max_pruning_ratio, min_channels
+        self.threshold, self.share, self.bins = threshold, share, bins
+        self.skipped: dict[str, str] = {}
+        self.observer: Observer | None = None
+        self._ids: dict[str, Tensor] = {}
+        self._first_size: dict[str, int] = {}
+        self._order: dict[str, int] = {}
+        self._followed: WeakKeyDictionary[tp.DependencyGraph, _Followed] = WeakKeyDictionary()
+
+    @contextlib.contextmanager
+    def observe(self, model: nn.Module) -> Iterator[Observer]:
+        """Starts statistics anew and reads the model's activations while the context is open.
+
+        Args:
+            model: the network about to be pruned. Call it in eval mode under ``torch.no_grad()`` on data like its
+                training data; train mode works as well.
+
+        Raises:
+            ValueError: an activation was not finite.
+            RuntimeError: no activation was read.
+        """
+        observer = Observer(model, threshold=self.threshold, share=self.share, bins=self.bins)
+        with observer:
+            yield observer
+        self.observer = observer
+        self._ids = {name: torch.arange(activity.channels) for name, activity in observer.activities.items()}
+        self._followed.clear()
+        self.skipped.clear()
+
+    @torch.no_grad()
+    def __call__(self, group: tp.dependency.Group) -> Tensor | None:
+        """Scores a group.
+
+        Args:
+            group: with full or partial indices.
+
+        Returns:
+            Score per root index, shape [n], float64, positive, on the CPU; None where the group has no observed
+            consumer (its name and the reason are then in `skipped`).
+
+        Raises:
+            RuntimeError: nothing was observed, or layers were pruned in a way that could not be followed.
+        """
+        found = self.evidence(group)
+        if not found:
+            return None
+        n = len(group[0].idxs)
+        score = score_neurons(self.score, found, n)
+        tie_break = score if self.score == "contribution" else score_neurons("contribution", found, n)
+        order = _lexicographic(score, tie_break)
+        dead = judge(found, n).dead
+        live = ~dead
+        if self.normalizer is not None and live.any():
+            score[live] = self._normalize(score[live])
+        score = score.clamp_min(_FLOOR).masked_fill(dead, _DEAD)
+
+        # ranks within the group and a fraction of each group's own keep equal scores apart
+        root = self._root(group)
+        rank = torch.empty(n, dtype=torch.float64)
+        rank[order] = torch.arange(n, dtype=torch.float64)
+        rank += (self._order.setdefault(root, len(self._order)) + 1) * 0.6180339887498949 % 1.0
+        distinct = score * (1.0 + _STEP * rank)
+        return torch.where(self._kept(root, group, distinct), _KEPT * (1.0 + _STEP * rank), distinct)
+
+    def evidence(self, group: tp.dependency.Group) -> list[Evidence]:
+        """The consumers of a group with what was observed there; empty, with an entry in `skipped`, if incomplete."""
+        if self.observer is None:
+            raise RuntimeError(
+                "nothing was observed yet: call the model inside `with importance.observe(model):` before pruning"
+            )
+        followed = self._follow(group._DG)
+        root = self._root(group)
+        try:
+            found, pending = self._look_up(group, followed)
+        except LookupError as missing:
+            if root not in self.skipped:
+                warnings.warn(f"{root} is left alone: {missing}", stacklevel=3)
+            self.skipped[root] = str(missing)
+            return []
+        self.skipped.pop(root, None)
+        followed.pending[root, group._DG.is_out_channel_pruning_fn(group[0].dep.handler)] = pending
+        return found
+
+    def verdict(self, group: tp.dependency.Group) -> Verdict | None:
+        """Which neurons of a group are silent, zero, constant and dead, or None where it has no observed consumer."""
+        found = self.evidence(group)
+        return judge(found, len(group[0].idxs)) if found else None
+
+    def _look_up(self, group: tp.dependency.Group, followed: _Followed) -> tuple[list[Evidence], list[_Pending]]:
+        assert self.observer is not None
+        consumers = uses(group)
+        if not consumers:
+            raise LookupError("no layer that could be observed reads its neurons, as with the outputs of the model")
+        found, pending = [], []
+        roots = torch.tensor(group[0].idxs)
+        for use in consumers:
+            name = followed.names.get(use.module)
+            if name is None or name not in self.observer.modules:
+                raise LookupError("a layer that reads its neurons is not part of the observed model")
+            if name not in self.observer.activities:
+                raise LookupError(f"{name}, which reads its neurons, was not called while the model was observed")
+            activity = self.observer.activities[name]
+            if activity.channels != input_channels(use.module):
+                raise RuntimeError(
+                    f"the statistics of {name} describe {activity.channels} input channels, but it has "
+                    f"{input_channels(use.module)} now: it was pruned in a way that could not be followed; observe the "
+                    "model again"
+                )
+            found.append(Evidence(use, activity))
+            pending.append(_Pending(name, self._ids[name][use.channels], roots[use.neurons]))
+        return found, pending
+
+    def _follow(self, graph: tp.DependencyGraph) -> _Followed:
+        """Carries the removals that a graph has recorded since the last call over to the statistics.
+
+        A group's channels at each consumer are noted, under lasting numbers, when it is scored. So it does not matter
+        in which order the groups of one step, which may share a consumer by concatenation, are then pruned.
+        """
+        for known, followed in [*self._followed.items()]:
+            history = known.pruning_history()
+            for root, outwards, indices in history[followed.seen :]:
+                for use in followed.pending.pop((root, outwards), []):
+                    gone = use.ids[torch.isin(use.roots, torch.tensor(list(indices)))]
+                    stays = ~torch.isin(self._ids[use.consumer], gone)
+                    if not stays.all():
+                        assert self.observer is not None
+                        self.observer.activities[use.consumer].keep(stays.nonzero().flatten())
+                        self._ids[use.consumer] = self._ids[use.consumer][stays]
+            followed.seen = len(history)
+        if graph not in self._followed:
+            self._followed[graph] = _Followed(graph)
+        return self._followed[graph]
+
+    def _root(self, group: tp.dependency.Group) -> str:
+        return self._follow(group._DG).names[group[0].dep.target.module]
+
+    def _normalize(self, score: Tensor) -> Tensor:
+        if callable(self.normalizer):
+            return self.normalizer(score)
+        scale = score.mean() if self.normalizer == "mean" else score.max()
+        return score / scale if scale > 0 else score
+
+    def _kept(self, root: str, group: tp.dependency.Group, score: Tensor) -> Tensor:
+        """Marks the best neurons of a whole group, in whole channel groups, that no removal may take."""
+        n, blocks = len(score), channel_groups(group)
+        dep = group[0].dep
+        outwards = group._DG.is_out_channel_pruning_fn(dep.handler)
+        channels = (group._DG.get_out_channels if outwards else group._DG.get_in_channels)(dep.target.module)
+        if n != channels or n % blocks:
+            return torch.zeros(n, dtype=torch.bool)
+        size = n // blocks
+        first = self._first_size.setdefault(root, size)
+        count = min(size, max(self.min_channels, math.ceil(first * (1.0 - self.max_pruning_ratio) - 1e-9)))
+        kept = torch.zeros(size, dtype=torch.bool)
+        kept[score.view(blocks, size).mean(0).argsort()[size - count :]] = True
+        return kept.repeat(blocks)
+
+
+class _Pending:
+    """Which lasting channel numbers of a consumer go when certain root indices go."""
+
+    def __init__(self, consumer: str, ids: Tensor, roots: Tensor) -> None:
+        self.consumer, self.ids, self.roots = consumer, ids, roots
+
+
+class _Followed:
+    """How far a dependency graph's pruning history has been carried over."""
+
+    def __init__(self, graph: tp.DependencyGraph) -> None:
+        self.names = {module: name for name, module in graph.model.named_modules()}
+        self.seen = len(graph.pruning_history())
+        self.pending: dict[tuple[str, bool], list[_Pending]] = {}
+
+
+def _lexicographic(first: Tensor, second: Tensor) -> Tensor:
+    """Indices that sort by ``first``, then ``second``, then position."""
+    by_second = second.argsort(stable=True)
+    return by_second[first[by_second].argsort(stable=True)]
+
+

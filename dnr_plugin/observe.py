@@ -1,0 +1,202 @@
+"""Hooks that feed `activity.Activity` from a live network, at the inputs of the layers that consume its neurons.
+
+Read at the consumer, a neuron's activation has every ReLU, residual sum, pooling, concatenation and flattening behind
+it already, whether these were modules, functions or the same module called twice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import weakref
+from collections import deque
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .activity import Activity
+
+_WRAPPERS = ("module.", "_orig_mod.")
+
+
+def is_consumer(module: nn.Module) -> bool:
+    """Whether the module mixes its input channels, so that a neuron's activation is "used" there.
+
+    A depthwise convolution is no consumer: it hands each channel on, and what it makes of it is read further down.
+    """
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return not is_depthwise(module)
+    return isinstance(module, nn.Linear | nn.MultiheadAttention)
+
+
+def is_depthwise(module: nn.Module) -> bool:
+    """A convolution with one filter per channel, which Torch-Pruning prunes together with its input."""
+    return (
+        isinstance(module, nn.modules.conv._ConvNd)
+        and module.groups == module.out_channels == module.in_channels
+        and module.groups > 1
+    )
+
+
+def input_channels(module: nn.Module) -> int:
+    """Input channels of a consumer (features of a linear layer, embedding size of attention)."""
+    for name in ("in_channels", "in_features", "embed_dim"):
+        if hasattr(module, name):
+            return int(getattr(module, name))
+    raise TypeError(f"{type(module).__name__} is not a consumer")
+
+
+def _channels_second(module: nn.Module, a: Tensor) -> Tensor:
+    """Any input a consumer accepts, as a view of shape [N, C, P]."""
+    if isinstance(module, nn.modules.conv._ConvNd):
+        spatial = len(module.kernel_size)
+        a = a if a.dim() == spatial + 2 else a.unsqueeze(0)
+        return a.flatten(2) if a.dim() > 2 else a.unsqueeze(-1)
+    if isinstance(module, nn.MultiheadAttention) and not module.batch_first and a.dim() == 3:
+        a = a.transpose(0, 1)
+    if a.dim() == 1:
+        a = a.unsqueeze(0)
+    return a.unsqueeze(-1) if a.dim() == 2 else a.movedim(-1, 1).flatten(2)
+
+
+def _in_backward() -> bool:
+    """Whether autograd is running: a layer called then is being recomputed by gradient checkpointing."""
+    probe = getattr(torch._C, "_current_graph_task_id", None)
+    return probe is not None and probe() != -1
+
+
+def _being_traced(module: nn.Module) -> bool:
+    """Whether Torch-Pruning (by hooks of its own) or fvcore (by the JIT) is tracing, on data that mean nothing."""
+    if torch.jit.is_tracing():  # type: ignore[no-untyped-call]
+        return True
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    return any(getattr(hook, "__module__", "").startswith("torch_pruning") for hook in hooks)
+
+
+class _InputHook:
+    """A forward pre-hook. A class, not a lambda, so that a model can be pickled while it is observed."""
+
+    def __init__(self, observer: Observer, name: str) -> None:
+        self.observer, self.name = observer, name
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        a = args[0] if args else kwargs.get("input", kwargs.get("query"))
+        if isinstance(a, Tensor) and a.is_floating_point():
+            self.observer._read(self.name, module, a)
+
+
+class Observer:
+    """Reads the activations of a model while it is used as a context manager.
+
+    Statistics add up over several contexts, until `reset`. Hooks exist only inside the context, also when it is left
+    by an exception. They are silent while the model is traced by Torch-Pruning or fvcore, and while autograd
+    recomputes a checkpointed segment.
+
+    Args:
+        model: any network; a DataParallel, DistributedDataParallel or compiled wrapper is seen through.
+        threshold, share, bins: see `activity.Activity`.
+
+    Attributes:
+        activities: statistics by the consumer's name, once it has been called.
+        modules: every consumer by name, called or not.
+    """
+
+    def __init__(self, model: nn.Module, *, threshold: float = 0.0, share: float = 0.125, bins: int = 16) -> None:
+        self.model = model
+        self.threshold, self.share, self.bins = threshold, share, bins
+        self.modules = {
+            _plain_name(name): module for name, module in model.named_modules() if is_consumer(module)
+        }
+        self.activities: dict[str, Activity] = {}
+        self._by_device: dict[tuple[str, torch.device], Activity] = {}
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._paused = False
+        self._recent: deque[tuple[weakref.ref[Tensor], int, type, Activity]] = deque(maxlen=8)
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> Observer:
+        if self._handles:
+            raise RuntimeError("this observer is already open")
+        for name, module in self.modules.items():
+            self._handles.append(module.register_forward_pre_hook(_InputHook(self, name), with_kwargs=True))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._collect()
+        if kind is not None:
+            return
+        broken = [name for name, activity in self.activities.items() if not activity.finite]
+        if broken:
+            raise ValueError(
+                f"activations that are not finite reached {', '.join(broken[:5])}"
+                f"{f' and {len(broken) - 5} more layers' if len(broken) > 5 else ''}: statistics of NaN or infinity "
+                "would make live neurons look dead"
+            )
+        if not self.activities:
+            raise RuntimeError(
+                "no activation was read: either the model was not called inside the context, or it was compiled and "
+                "warmed up before (hooks added later never fire in a compiled model: observe first)"
+            )
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Lets the model be called without being observed."""
+        before, self._paused = self._paused, True
+        try:
+            yield
+        finally:
+            self._paused = before
+
+    def reset(self) -> None:
+        """Forgets everything read so far."""
+        self.activities.clear()
+
+    def _read(self, name: str, module: nn.Module, a: Tensor) -> None:
+        if self._paused or _being_traced(module) or _in_backward() or a.numel() == 0:
+            return
+        # DataParallel replicas run in threads: one set of sums for each device, merged at the end
+        with self._lock:
+            activity = self._by_device.get((name, a.device))
+            if activity is None:
+                channels = _channels_second(module, a).shape[1]
+                activity = Activity(
+                    channels, threshold=self.threshold, share=self.share, bins=self.bins, device=a.device
+                )
+                self._by_device[name, a.device] = activity
+            batch = self._recall(module, a)
+        if batch is None:
+            batch = activity.of_batch(_channels_second(module, a.detach()))
+            if not a.is_inference():
+                self._recent.append((weakref.ref(a), a._version, type(module), batch))
+        activity.merge(batch)
+
+    def _recall(self, module: nn.Module, a: Tensor) -> Activity | None:
+        """The statistics of this very tensor, unless it was written to since: branches often read the same one."""
+        for reference, version, reader, batch in tuple(self._recent):
+            # inference tensors count no versions, so that an in-place change of them would go unseen
+            if reference() is a and reader is type(module) and not a.is_inference() and a._version == version:
+                return batch
+        return None
+
+    def _collect(self) -> None:
+        for (name, _), activity in self._by_device.items():
+            if name in self.activities:
+                self.activities[name].merge(activity)
+            else:
+                self.activities[name] = activity
+        self._by_device.clear()
+        self._recent.clear()
+
+
+def _plain_name(name: str) -> str:
+    for wrapper in _WRAPPERS:
+        name = name.removeprefix(wrapper)
+    return name
