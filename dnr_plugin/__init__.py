@@ -1,5 +1,45 @@
-"""dnr_plugin: compress convolutional networks by their dying neurons, with Torch-Pruning."""
+"""dnr_plugin: compress convolutional networks by their dying neurons, with Torch-Pruning.
 
+Importing this package loads torch and Torch-Pruning only; torchvision, fvcore, matplotlib and pydantic are loaded by
+what needs them.
+"""
+
+from .batchnorm import recalibrate_batchnorm
+from .checkpoint import load_pruned, save_pruned
+from .errors import InputError, TargetError
 from .importance import DyingNeuronImportance
+from .measure import flop_report
+from .observe import Observer
+from .optimizer import follow_optimizer
+from .removal import Limits, plan_removal, prune_neurons, remove_dead_neurons
 
-__all__ = ["DyingNeuronImportance"]
+__all__ = [
+    "DyingNeuronImportance",
+    "InputError",
+    "Limits",
+    "Observer",
+    "TargetError",
+    "flop_report",
+    "follow_optimizer",
+    "load_pruned",
+    "load_recipe",
+    "plan_removal",
+    "prune_neurons",
+    "recalibrate_batchnorm",
+    "remove_dead_neurons",
+    "run_recipe",
+    "save_pruned",
+]
+
+
+def __getattr__(name: str) -> object:
+    """Recipes need pydantic and torchvision, which the criterion alone does not."""
+    if name == "load_recipe":
+        from .recipe import load_recipe
+
+        return load_recipe
+    if name == "run_recipe":
+        from .run import run_recipe
+
+        return run_recipe
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

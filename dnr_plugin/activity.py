@@ -9,6 +9,9 @@ and positions ``p``; ``theta`` is the threshold above which a neuron fires.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, ClassVar
+
 import torch
 from torch import Tensor
 
@@ -94,7 +97,7 @@ class Activity:
         REDUCTIONS: how each tensor merges: "sum", "max" or "min".
     """
 
-    REDUCTIONS = {
+    REDUCTIONS: ClassVar[dict[str, str]] = {
         "fired_samples": "sum",
         "highest": "max",
         "lowest": "min",
@@ -131,17 +134,17 @@ class Activity:
         self.stride = max(1, round(1.0 / share))
         self.samples = 0
         self.values = 0
-        counts = {"dtype": torch.int64, "device": device}
+        counts: dict[str, Any] = {"dtype": torch.int64, "device": device}
         # float64: a float32 sum stops growing after 2**24 equal terms, a tenth of an ImageNet epoch of 14x14 maps
-        sums = {"dtype": torch.float64, "device": device}
-        self.fired_samples = torch.zeros(channels, **counts)  # type: ignore[arg-type]
+        sums: dict[str, Any] = {"dtype": torch.float64, "device": device}
+        self.fired_samples = torch.zeros(channels, **counts)
         self.highest = torch.full((channels,), -torch.inf, device=device)
         self.lowest = torch.full((channels,), torch.inf, device=device)
-        self.fired = torch.zeros(channels, **counts)  # type: ignore[arg-type]
-        self.total = torch.zeros(channels, **sums)  # type: ignore[arg-type]
-        self.total_magnitude = torch.zeros(channels, **sums)  # type: ignore[arg-type]
-        self.total_square = torch.zeros(channels, **sums)  # type: ignore[arg-type]
-        self.histogram = torch.zeros(channels, bins, **counts)  # type: ignore[call-overload]
+        self.fired = torch.zeros(channels, **counts)
+        self.total = torch.zeros(channels, **sums)
+        self.total_magnitude = torch.zeros(channels, **sums)
+        self.total_square = torch.zeros(channels, **sums)
+        self.histogram = torch.zeros(channels, bins, **counts)
 
     @property
     def channels(self) -> int:
@@ -161,14 +164,15 @@ class Activity:
         """The statistics of one batch alone, with the settings of this one; see `update`."""
         batch = Activity.__new__(Activity)
         batch.threshold, batch.share, batch.bins, batch.stride = self.threshold, self.share, self.bins, self.stride
-        top, bottom = a.amax(2), a.amin(2)  # [N, C]
+        # compared in float32 like the sampled share: a bfloat16 comparison would round the threshold
+        top, bottom = a.amax(2).float(), a.amin(2).float()  # [N, C]
         sampled = a[:: self.stride].float()
         exact = sampled.double()
         batch.samples = a.shape[0]
         batch.values = sampled.shape[0] * sampled.shape[2]
         batch.fired_samples = (top > self.threshold).sum(0)
         # maximum and minimum hand NaN on, so one non-finite activation anywhere stays visible
-        batch.highest, batch.lowest = top.amax(0).float(), bottom.amin(0).float()
+        batch.highest, batch.lowest = top.amax(0), bottom.amin(0)
         batch.fired = (sampled > self.threshold).sum((0, 2))
         batch.total = exact.sum((0, 2))
         batch.total_magnitude = exact.abs().sum((0, 2))
@@ -184,10 +188,11 @@ class Activity:
             raise ValueError("only activities with the same threshold, bins and channels can be merged")
         self.samples += other.samples
         self.values += other.values
+        combine: dict[str, Callable[[Tensor, Tensor], Tensor]]
+        combine = {"sum": torch.add, "max": torch.maximum, "min": torch.minimum}
         for name, how in self.REDUCTIONS.items():
             mine, theirs = getattr(self, name), getattr(other, name).to(self.highest.device)
-            combine = {"sum": torch.add, "max": torch.maximum, "min": torch.minimum}[how]
-            setattr(self, name, combine(mine, theirs))
+            setattr(self, name, combine[how](mine, theirs))
 
     def all_reduce(self) -> None:
         """Merges over the ranks of the default process group; every rank ends with the same statistics."""
@@ -196,6 +201,9 @@ class Activity:
         counts = torch.tensor([self.samples, self.values], device=self.highest.device)
         dist.all_reduce(counts)
         self.samples, self.values = counts.tolist()
+        # backends may drop NaN from a maximum, but not infinity: `finite` must be false on every rank
+        self.highest = self.highest.masked_fill(self.highest.isnan(), torch.inf)
+        self.lowest = self.lowest.masked_fill(self.lowest.isnan(), -torch.inf)
         for name, how in self.REDUCTIONS.items():
             value = getattr(self, name)
             dist.all_reduce(value, {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}[how])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class InputError(ValueError):
@@ -24,10 +25,11 @@ class TargetError(RuntimeError):
     Args:
         message: one line.
         closest: the value of the target's own measure that can be reached.
+        plan: the `removal.Plan` that reaches it.
     """
 
-    def __init__(self, message: str, closest: float) -> None:
-        self.closest = closest
+    def __init__(self, message: str, closest: float, plan: Any = None) -> None:
+        self.closest, self.plan = closest, plan
         super().__init__(message)
 
 

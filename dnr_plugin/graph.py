@@ -38,7 +38,7 @@ class Use:
 
 
 def build_graph(model: nn.Module, example_inputs: Any, **kwargs: Any) -> tp.DependencyGraph:
-    """`DependencyGraph.build_dependency`, leaving the model's modes and flags as they were.
+    """`DependencyGraph.build_dependency`, leaving the model's modes, flags and hooks as they were.
 
     Tracing switches the whole model to eval mode and follows autograd, so frozen parameters would be invisible.
 
@@ -51,6 +51,7 @@ def build_graph(model: nn.Module, example_inputs: Any, **kwargs: Any) -> tp.Depe
         InputError: the model cannot be called or traced.
     """
     frozen = [p for p in model.parameters() if not p.requires_grad and p.is_floating_point()]
+    hooks = {module: set(module._forward_hooks) for module in model.modules()}
     for parameter in frozen:
         parameter.requires_grad_(True)
     try:
@@ -60,11 +61,14 @@ def build_graph(model: nn.Module, example_inputs: Any, **kwargs: Any) -> tp.Depe
     except Exception as error:  # Torch-Pruning raises whatever its tracing stumbles over
         raise InputError(
             f"model: expected a network that Torch-Pruning can trace, found that {type(model).__name__} fails with "
-            f"{type(error).__name__}: {error}"
+            f"{type(error).__name__}: {' '.join(str(error).split())}"
         ) from error
     finally:
         for parameter in frozen:
             parameter.requires_grad_(False)
+        for module, before in hooks.items():  # Torch-Pruning leaves its own behind when the model fails
+            for added in set(module._forward_hooks) - before:
+                del module._forward_hooks[added]
 
 
 @contextlib.contextmanager
@@ -159,7 +163,9 @@ def output_layers(model: nn.Module, example_inputs: Any) -> set[nn.Module]:
         return tuple(map(detach, args)), {key: detach(value) for key, value in kwargs.items()}
 
     owners = {
-        parameter: module for module in model.modules() for parameter in module.parameters(recurse=False)
+        parameter: module
+        for module in model.modules()
+        for parameter in module.parameters(recurse=False)
         if parameter.is_floating_point()
     }
     frozen = [parameter for parameter in owners if not parameter.requires_grad]
@@ -181,13 +187,11 @@ def output_layers(model: nn.Module, example_inputs: Any) -> set[nn.Module]:
             handle.remove()
         for parameter in frozen:
             parameter.requires_grad_(False)
-    return {
-        module for (_, module), gradient in zip(owners.items(), gradients, strict=True) if gradient is not None
-    }
+    return {module for (_, module), gradient in zip(owners.items(), gradients, strict=True) if gradient is not None}
 
 
 def tensors(value: Any) -> Iterator[Tensor]:
-    """Every tensor in a model's output, in order, through sequences, dicts and dataclass-like outputs."""
+    """Every tensor in a model's output, in order, through sequences, named tuples and dicts."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, dict):

@@ -6,7 +6,6 @@ import contextlib
 import math
 import warnings
 from collections.abc import Callable, Iterator
-from weakref import WeakKeyDictionary
 
 import torch
 import torch_pruning as tp
@@ -15,14 +14,14 @@ from torch import Tensor, nn
 from .errors import did_you_mean
 from .graph import channel_groups, uses
 from .neurons import SCORES, Evidence, Verdict, judge, score_neurons
-from .observe import Observer, input_channels
+from .observe import Observer, input_channels, module_names
 
 # Three tiers of float64, far apart: dead neurons below, live ones between, those that must stay above.
-_DEAD, _FLOOR, _KEPT = 1e-30, 1e-20, 1e30
+_DEAD, _FLOOR, _CEILING, _KEPT = 1e-30, 1e-20, 1e20, 1e30
 _STEP = 1e-9  # relative distance that keeps neighbours in rank apart
 
 
-class DyingNeuronImportance(tp.importance.Importance):
+class DyingNeuronImportance(tp.importance.Importance):  # type: ignore[misc]
     r"""Scores the neurons of a dependency group by their observed activations; low = dying, removed first.
 
     Each neuron is read at the input of every layer that uses it. Neurons that are dead on all observed samples come
@@ -43,7 +42,8 @@ class DyingNeuronImportance(tp.importance.Importance):
 
     Scores are finite, positive and distinct over the whole network, so that Torch-Pruning's global threshold
     (``importance <= threshold``) takes exactly as many neurons as were asked for. The best neurons of each layer are
-    lifted above every threshold, so that no layer is emptied or pruned beyond ``max_pruning_ratio``.
+    lifted above all others, so that no layer is emptied or pruned beyond ``max_pruning_ratio``, unless a pruner asks
+    for more neurons than there are besides.
 
     Example:
         >>> importance = DyingNeuronImportance()
@@ -60,7 +60,7 @@ class DyingNeuronImportance(tp.importance.Importance):
         normalizer: divides a group's live scores by their "mean" or "max" so that layers compare in global scope;
             None for raw scores, or a function of the live scores, float64, shape [live].
         max_pruning_ratio: largest share in (0, 1] taken from one group over all steps, of the size it had when it was
-            first scored. (BasePruner's own is not held within a step.)
+            first scored; observing another model starts anew. (BasePruner's own is not held within a step.)
         min_channels: neurons that every group keeps, >= 1.
         threshold: theta >= 0; a neuron fires where its activation exceeds it.
         share: share in (0, 1] of each batch that means, rates and histograms read.
@@ -104,7 +104,7 @@ class DyingNeuronImportance(tp.importance.Importance):
         self._ids: dict[str, Tensor] = {}
         self._first_size: dict[str, int] = {}
         self._order: dict[str, int] = {}
-        self._followed: WeakKeyDictionary[tp.DependencyGraph, _Followed] = WeakKeyDictionary()
+        self._followed: dict[tp.DependencyGraph, _Followed] = {}
 
     @contextlib.contextmanager
     def observe(self, model: nn.Module) -> Iterator[Observer]:
@@ -121,6 +121,9 @@ class DyingNeuronImportance(tp.importance.Importance):
         observer = Observer(model, threshold=self.threshold, share=self.share, bins=self.bins)
         with observer:
             yield observer
+        if self.observer is not None and _network(self.observer.model) is not _network(model):
+            self._first_size.clear()
+            self._order.clear()
         self.observer = observer
         self._ids = {name: torch.arange(activity.channels) for name, activity in observer.activities.items()}
         self._followed.clear()
@@ -151,7 +154,7 @@ class DyingNeuronImportance(tp.importance.Importance):
         live = ~dead
         if self.normalizer is not None and live.any():
             score[live] = self._normalize(score[live])
-        score = score.clamp_min(_FLOOR).masked_fill(dead, _DEAD)
+        score = score.nan_to_num(nan=0.0).clamp(_FLOOR, _CEILING).masked_fill(dead, _DEAD)
 
         # ranks within the group and a fraction of each group's own keep equal scores apart
         root = self._root(group)
@@ -193,7 +196,7 @@ class DyingNeuronImportance(tp.importance.Importance):
         found, pending = [], []
         roots = torch.tensor(group[0].idxs)
         for use in consumers:
-            name = followed.names.get(use.module)
+            name = followed.consumers.get(use.module)
             if name is None or name not in self.observer.modules:
                 raise LookupError("a layer that reads its neurons is not part of the observed model")
             if name not in self.observer.activities:
@@ -266,14 +269,20 @@ class _Followed:
     """How far a dependency graph's pruning history has been carried over."""
 
     def __init__(self, graph: tp.DependencyGraph) -> None:
-        self.names = {module: name for name, module in graph.model.named_modules()}
+        self.names: dict[nn.Module, str] = {
+            module: name for name, module in graph.model.named_modules()
+        }  # as the history has them
+        self.consumers = module_names(graph.model)
         self.seen = len(graph.pruning_history())
         self.pending: dict[tuple[str, bool], list[_Pending]] = {}
+
+
+def _network(model: nn.Module) -> nn.Module:
+    """The network itself, below any wrappers."""
+    return next(iter(module_names(model)))
 
 
 def _lexicographic(first: Tensor, second: Tensor) -> Tensor:
     """Indices that sort by ``first``, then ``second``, then position."""
     by_second = second.argsort(stable=True)
     return by_second[first[by_second].argsort(stable=True)]
-
-

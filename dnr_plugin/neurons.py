@@ -4,6 +4,7 @@ scores the neurons of one dependency group.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -44,22 +45,22 @@ class Evidence:
 
 
 def weight_norms(module: nn.Module) -> Tensor:
-    """L2 norm of the weights that read each input channel of a consumer, shape [in_channels].
+    """L2 norm of the weights that read each input channel of a consumer, float64, shape [in_channels].
 
     Grouped convolutions: input channel c is read by the filters of its own group only.
     """
+    norm: Callable[..., Tensor] = functools.partial(torch.linalg.vector_norm, dtype=torch.float64)
     if isinstance(module, nn.modules.conv._ConvNd):
         weight = module.weight.detach()
         if module.transposed:  # [in, out / groups, *kernel]
-            return weight.flatten(1).norm(dim=1)
+            return norm(weight.flatten(1), dim=1)
         blocked = weight.reshape(module.groups, -1, weight.shape[1], weight[0, 0].numel())
-        return blocked.norm(dim=(1, 3)).flatten()
+        return norm(blocked, dim=(1, 3)).flatten()
     if isinstance(module, nn.MultiheadAttention):
-        if module.in_proj_weight is not None:
-            return module.in_proj_weight.detach().norm(dim=0)
-        return torch.as_tensor(module.q_proj_weight).detach().norm(dim=0)
+        joint = module.in_proj_weight if module.in_proj_weight is not None else module.q_proj_weight
+        return norm(torch.as_tensor(joint).detach(), dim=0)
     assert isinstance(module, nn.Linear)
-    return module.weight.detach().norm(dim=0)
+    return norm(module.weight.detach(), dim=0)
 
 
 def _contribution(evidence: Evidence) -> Tensor:

@@ -19,7 +19,15 @@ from torch import Tensor, nn
 
 from .activity import Activity
 
-_WRAPPERS = ("module.", "_orig_mod.")
+# Where a DataParallel, DistributedDataParallel or compiled model keeps the network it wraps.
+_WRAPPED = ("module", "_orig_mod")
+
+
+def module_names(model: nn.Module) -> dict[nn.Module, str]:
+    """Name of each module below a model's wrappers, so that a wrapped model and the bare one agree on names."""
+    while [name for name, _ in model.named_children()] in [[name] for name in _WRAPPED]:
+        (_, model), *_ = model.named_children()
+    return {module: name for name, module in model.named_modules()}
 
 
 def is_consumer(module: nn.Module) -> bool:
@@ -70,21 +78,28 @@ def _in_backward() -> bool:
 
 def _being_traced(module: nn.Module) -> bool:
     """Whether Torch-Pruning (by hooks of its own) or fvcore (by the JIT) is tracing, on data that mean nothing."""
-    if torch.jit.is_tracing():  # type: ignore[no-untyped-call]
+    if torch.jit.is_tracing():  # type: ignore[no-untyped-call, attr-defined]
         return True
     hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
     return any(getattr(hook, "__module__", "").startswith("torch_pruning") for hook in hooks)
 
 
 class _InputHook:
-    """A forward pre-hook. A class, not a lambda, so that a model can be pickled while it is observed."""
+    """A forward pre-hook. A class, not a lambda, so that a model can be pickled or copied while it is observed.
+
+    The hook of such a copy does nothing: only the model itself is observed.
+    """
 
     def __init__(self, observer: Observer, name: str) -> None:
-        self.observer, self.name = observer, name
+        self.observer: Observer | None = observer
+        self.name = name
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"observer": None, "name": self.name}
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         a = args[0] if args else kwargs.get("input", kwargs.get("query"))
-        if isinstance(a, Tensor) and a.is_floating_point():
+        if self.observer is not None and isinstance(a, Tensor) and a.is_floating_point():
             self.observer._read(self.name, module, a)
 
 
@@ -100,16 +115,15 @@ class Observer:
         threshold, share, bins: see `activity.Activity`.
 
     Attributes:
-        activities: statistics by the consumer's name, once it has been called.
+        activities: statistics by the consumer's name, of those that were called; brought up to date when the context
+            is left.
         modules: every consumer by name, called or not.
     """
 
     def __init__(self, model: nn.Module, *, threshold: float = 0.0, share: float = 0.125, bins: int = 16) -> None:
         self.model = model
         self.threshold, self.share, self.bins = threshold, share, bins
-        self.modules = {
-            _plain_name(name): module for name, module in model.named_modules() if is_consumer(module)
-        }
+        self.modules = {name: module for module, name in module_names(model).items() if is_consumer(module)}
         self.activities: dict[str, Activity] = {}
         self._by_device: dict[tuple[str, torch.device], Activity] = {}
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
@@ -130,6 +144,7 @@ class Observer:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        read = bool(self._by_device)
         self._collect()
         if kind is not None:
             return
@@ -140,7 +155,7 @@ class Observer:
                 f"{f' and {len(broken) - 5} more layers' if len(broken) > 5 else ''}: statistics of NaN or infinity "
                 "would make live neurons look dead"
             )
-        if not self.activities:
+        if not read:
             raise RuntimeError(
                 "no activation was read: either the model was not called inside the context, or it was compiled and "
                 "warmed up before (hooks added later never fire in a compiled model: observe first)"
@@ -156,8 +171,11 @@ class Observer:
             self._paused = before
 
     def reset(self) -> None:
-        """Forgets everything read so far."""
-        self.activities.clear()
+        """Forgets everything read so far, also inside the context."""
+        with self._lock:
+            self.activities.clear()
+            self._by_device.clear()
+            self._recent.clear()
 
     def _read(self, name: str, module: nn.Module, a: Tensor) -> None:
         if self._paused or _being_traced(module) or _in_backward() or a.numel() == 0:
@@ -194,9 +212,3 @@ class Observer:
                 self.activities[name] = activity
         self._by_device.clear()
         self._recent.clear()
-
-
-def _plain_name(name: str) -> str:
-    for wrapper in _WRAPPERS:
-        name = name.removeprefix(wrapper)
-    return name

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -18,18 +18,25 @@ class ModelOptions(Section):
         description="resnet18, resnet20, resnet56, vgg16_bn, mlp; torchvision.NAME for any torchvision classification "
         "model; module:function for a builder of your own"
     )
-    num_classes: int | None = Field(None, ge=2, description="outputs; by default the number of classes in the data")
-    width: int | None = Field(None, ge=1, description="channels of the first stage of a built-in network (ResNet-18: 64)")
+    num_classes: int | None = Field(
+        default=None, ge=2, description="outputs; by default the number of classes in the data"
+    )
+    width: int | None = Field(
+        default=None, ge=1, description="channels of the first stage of a built-in network (ResNet-18: 64)"
+    )
     stem: Literal["cifar", "imagenet"] | None = Field(
-        None, description="resnet18 only: 3x3 convolution for small images (default), or 7x7 stride 2 and max-pooling"
+        default=None,
+        description="resnet18 only: 3x3 convolution for small images (default), or 7x7 stride 2 and max-pooling",
     )
     activation: Literal["relu", "leaky_relu", "silu", "gelu"] | None = Field(
-        None, description="activation of a built-in network; relu by default"
+        default=None, description="activation of a built-in network; relu by default"
     )
-    hidden: list[int] | None = Field(None, min_length=1, description="mlp only: units of each hidden layer")
-    kwargs: dict[str, Any] = Field({}, description="further arguments of a torchvision builder or of your own")
+    hidden: list[Annotated[int, Field(ge=1)]] | None = Field(
+        default=None, min_length=1, description="mlp only: units of each hidden layer"
+    )
+    kwargs: dict[str, Any] = Field(default={}, description="further arguments of a torchvision builder or of your own")
     checkpoint: str | None = Field(
-        None, description="a state_dict file (.pt, .pth, .safetensors), loaded without running code from it"
+        default=None, description="a state_dict file (.pt, .pth, .safetensors), loaded without running code from it"
     )
 
 
@@ -37,37 +44,54 @@ class DataOptions(Section):
     name: Literal["shapes", "cifar10", "cifar100", "mnist", "imagefolder"] = Field(
         description="shapes is drawn by this package and needs no files; the others are torchvision's"
     )
-    root: str | None = Field(None, description="folder of the data set; needed by all but shapes")
-    download: bool = Field(False, description="let torchvision download what is missing")
-    train_size: int | None = Field(None, ge=1, description="use this many training images, drawn by the seed; all by default")
-    test_size: int | None = Field(None, ge=1, description="use this many test images, drawn by the seed; all by default")
-    image_size: int | None = Field(None, ge=8, description="side of the images in pixels (imagefolder: 224, shapes: 32)")
-    augment: list[Literal["flip", "crop", "cutout"]] = Field(
-        [], description="flip: mirror half of them; crop: pad by an eighth and crop; cutout: blank a square of half the side"
+    root: str | None = Field(default=None, description="folder of the data set; needed by all but shapes")
+    download: bool = Field(default=False, description="let torchvision download what is missing")
+    train_size: int | None = Field(
+        default=None, ge=1, description="use this many training images, drawn by the seed; all by default"
     )
-    workers: int = Field(2, ge=0, description="imagefolder only: processes that decode images")
+    test_size: int | None = Field(
+        default=None, ge=1, description="use this many test images, drawn by the seed; all by default"
+    )
+    image_size: int | None = Field(
+        default=None, ge=8, description="side of the images in pixels (imagefolder: 224, shapes: 32)"
+    )
+    augment: list[Literal["flip", "crop", "cutout"]] = Field(
+        default=[],
+        description="flip: mirror half of them; crop: pad by an eighth and crop; cutout: blank a square of half the side",
+    )
+    workers: int = Field(default=2, ge=0, description="imagefolder only: processes that decode images")
+
+    @model_validator(mode="after")
+    def _each_once(self) -> DataOptions:
+        if len(set(self.augment)) < len(self.augment):
+            raise ValueError(f"augment: expected each of them once, found {', '.join(self.augment)}")
+        return self
 
 
 class TrainOptions(Section):
     epochs: int = Field(ge=0, description="passes over the training images")
-    batch_size: int = Field(128, ge=2, description="images per step")
-    optimizer: Literal["sgd", "adam", "adamw"] = Field("sgd", description="torch.optim's")
-    lr: float = Field(0.1, gt=0.0, description="highest learning rate")
-    momentum: float = Field(0.9, ge=0.0, lt=1.0, description="sgd only")
-    nesterov: bool = Field(False, description="sgd only; needs momentum")
-    weight_decay: float = Field(5e-4, ge=0.0, description="on every parameter")
+    batch_size: int = Field(default=128, ge=2, description="images per step")
+    optimizer: Literal["sgd", "adam", "adamw"] = Field(default="sgd", description="torch.optim's")
+    lr: float = Field(default=0.1, gt=0.0, description="highest learning rate")
+    momentum: float = Field(default=0.9, ge=0.0, lt=1.0, description="sgd only")
+    nesterov: bool = Field(default=False, description="sgd only; needs momentum")
+    weight_decay: float = Field(default=5e-4, ge=0.0, description="on every parameter")
     schedule: Literal["constant", "cosine", "linear", "one_cycle"] = Field(
-        "cosine", description="learning rate per step: constant, down to zero by cosine or line, or up and down"
+        default="cosine", description="learning rate per step: constant, down to zero by cosine or line, or up and down"
     )
-    warmup_epochs: float = Field(0.0, ge=0.0, description="linear rise of the learning rate at the start")
-    clip_norm: float | None = Field(None, gt=0.0, description="largest norm of the gradient; no clipping by default")
-    label_smoothing: float = Field(0.0, ge=0.0, lt=1.0, description="of the cross-entropy")
-    amp: bool = Field(False, description="bfloat16 autocast; with channels_last, what a GPU wants")
+    warmup_epochs: float = Field(default=0.0, ge=0.0, description="linear rise of the learning rate at the start")
+    clip_norm: float | None = Field(
+        default=None, gt=0.0, description="largest norm of the gradient; no clipping by default"
+    )
+    label_smoothing: float = Field(default=0.0, ge=0.0, lt=1.0, description="of the cross-entropy")
+    amp: bool = Field(default=False, description="bfloat16 autocast; with channels_last, what a GPU wants")
 
     @model_validator(mode="after")
     def _combinations(self) -> TrainOptions:
         if self.nesterov and (self.optimizer != "sgd" or self.momentum == 0.0):
-            raise ValueError("nesterov: expected optimizer sgd with momentum above 0")
+            raise ValueError(
+                f"nesterov: expected optimizer sgd with momentum above 0, found {self.optimizer}, {self.momentum:g}"
+            )
         if self.epochs and self.warmup_epochs >= self.epochs:
             raise ValueError(f"warmup_epochs: expected less than epochs ({self.epochs}), found {self.warmup_epochs:g}")
         if self.schedule == "one_cycle" and self.warmup_epochs:
@@ -75,15 +99,25 @@ class TrainOptions(Section):
         return self
 
 
+class FinetuneOptions(TrainOptions):
+    lr: float = Field(default=0.01, gt=0.0, description="highest learning rate")
+
+
 class TargetOptions(Section):
     """Exactly one of them."""
 
-    flops: float | None = Field(None, gt=0.0, lt=1.0, description="share of the FLOPs that is kept")
-    params: float | None = Field(None, gt=0.0, lt=1.0, description="share of the parameters that is kept")
-    latency: float | None = Field(None, gt=0.0, lt=1.0, description="share of the measured latency that is kept")
-    neuron_sparsity: float | None = Field(None, gt=0.0, lt=1.0, description="share of the neurons that is removed")
-    weight_sparsity: float | None = Field(None, gt=0.0, lt=1.0, description="share of the parameters that is removed")
-    dead: bool | None = Field(None, description="true: remove what is dead, and nothing else")
+    flops: float | None = Field(default=None, gt=0.0, lt=1.0, description="share of the FLOPs that is kept")
+    params: float | None = Field(default=None, gt=0.0, lt=1.0, description="share of the parameters that is kept")
+    latency: float | None = Field(
+        default=None, gt=0.0, lt=1.0, description="share of the measured latency that is kept"
+    )
+    neuron_sparsity: float | None = Field(
+        default=None, gt=0.0, lt=1.0, description="share of the neurons that is removed"
+    )
+    weight_sparsity: float | None = Field(
+        default=None, gt=0.0, lt=1.0, description="share of the parameters that is removed"
+    )
+    dead: bool | None = Field(default=None, description="true: remove what is dead, and nothing else")
 
     @model_validator(mode="after")
     def _exactly_one(self) -> TargetOptions:
@@ -106,11 +140,17 @@ class TargetOptions(Section):
 
 
 class ObserveOptions(Section):
-    samples: int = Field(2048, ge=1, description="training images, not augmented, on which activations are read")
-    min_samples: int = Field(1536, ge=1, description="a neuron is judged dead on no fewer images than this")
-    share: float = Field(0.125, gt=0.0, le=1.0, description="share of each batch that means, rates and histograms read")
-    threshold: float = Field(0.0, ge=0.0, description="a neuron fires where its activation exceeds this")
-    bins: int = Field(16, ge=2, le=64, description="bins of the activation histogram: one for silent, the others octaves")
+    samples: int = Field(
+        default=2048, ge=1, description="training images, not augmented, on which activations are read"
+    )
+    min_samples: int = Field(default=1536, ge=1, description="a neuron is judged dead on no fewer images than this")
+    share: float = Field(
+        default=0.125, gt=0.0, le=1.0, description="share of each batch that means, rates and histograms read"
+    )
+    threshold: float = Field(default=0.0, ge=0.0, description="a neuron fires where its activation exceeds this")
+    bins: int = Field(
+        default=16, ge=2, le=64, description="bins of the activation histogram: one for silent, the others octaves"
+    )
 
     @model_validator(mode="after")
     def _enough(self) -> ObserveOptions:
@@ -121,25 +161,29 @@ class ObserveOptions(Section):
 
 class PruneOptions(Section):
     target: TargetOptions = Field(description="what to reach: exactly one key")
-    score: str = Field("contribution", description="what ranks the neurons; low goes first, dead ones before all others")
-    scope: Literal["local", "global", "isomorphic"] = Field(
-        "local", description="rank within each layer, over the whole network, or among layers of like structure"
+    score: str = Field(
+        default="contribution", description="what ranks the neurons; low goes first, dead ones before all others"
     )
-    steps: int = Field(1, ge=1, le=1000, description="observe and remove in this many equal steps")
-    round_to: int | None = Field(None, ge=2, description="keep a multiple of this many channels in every layer")
-    max_pruning_ratio: float = Field(0.9, gt=0.0, le=1.0, description="largest share taken from one layer")
-    ignored: list[str] = Field([], description="layers left alone, by name or shell pattern (layer4.*)")
-    fold: bool = Field(True, description="move a removed neuron's mean into the next bias or BatchNorm")
-    recalibrate: int = Field(2048, ge=0, description="training images on which BatchNorm statistics are taken anew; 0: none")
-    observe: ObserveOptions = Field(ObserveOptions(), description="how activations are read")
+    scope: Literal["local", "global", "isomorphic"] = Field(
+        default="local", description="rank within each layer, over the whole network, or among layers of like structure"
+    )
+    steps: int = Field(default=1, ge=1, le=1000, description="observe and remove in this many equal steps")
+    round_to: int | None = Field(default=None, ge=2, description="keep a multiple of this many channels in every layer")
+    max_pruning_ratio: float = Field(default=0.9, gt=0.0, le=1.0, description="largest share taken from one layer")
+    ignored: list[str] = Field(default=[], description="layers left alone, by name or shell pattern (layer4.*)")
+    fold: bool = Field(default=True, description="move a removed neuron's mean into the next bias or BatchNorm")
+    recalibrate: int = Field(
+        default=2048, ge=0, description="training images on which BatchNorm statistics are taken anew; 0: none"
+    )
+    observe: ObserveOptions = Field(default=ObserveOptions(), description="how activations are read")
 
 
 class Recipe(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="names the run and its folder")
-    description: str = Field("", description="one line, shown by `dnr recipes`")
-    seed: int = Field(0, ge=0, lt=2**32, description="of weights, order, augmentation, subsets and drawn data")
+    description: str = Field(default="", description="one line, shown by `dnr recipes`")
+    seed: int = Field(default=0, ge=0, lt=2**32, description="of weights, order, augmentation, subsets and drawn data")
     model: ModelOptions = Field(description="the network")
     data: DataOptions = Field(description="the images")
     train: TrainOptions = Field(description="training before removal; epochs 0 with a checkpoint")
     prune: PruneOptions = Field(description="what to remove and how")
-    finetune: TrainOptions = Field(description="training after removal; epochs 0 for none")
+    finetune: FinetuneOptions = Field(description="training after removal; epochs 0 for none")

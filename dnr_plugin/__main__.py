@@ -1,0 +1,7 @@
+"""``python -m dnr_plugin`` is the ``dnr`` command."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())

@@ -1,0 +1,154 @@
+"""BatchNorm after surgery: statistics taken anew, and means of removed neurons folded in."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Sequence
+from itertools import islice
+from typing import Any
+
+import torch
+import torch_pruning as tp
+from torch import Tensor, nn
+from torch_pruning import ops
+
+from .graph import kept_modes
+from .neurons import Evidence
+
+
+def batch_inputs(batch: Any) -> Any:
+    """The model's inputs of a batch: the batch itself, or the first element of an (input, target) pair."""
+    return batch[0] if isinstance(batch, Sequence) and not isinstance(batch, str) else batch
+
+
+def recalibrate_batchnorm(model: nn.Module, loader: Iterable[Any], batches: int | None = None) -> int:
+    """Replaces BatchNorm's running statistics by those of the given data (fvcore's precise_bn).
+
+    After channels were removed the old statistics describe inputs that no longer exist. Only BatchNorm layers run in
+    train mode meanwhile, so dropout stays off. Layers that the data do not reach keep their statistics, and all do
+    where the model fails.
+
+    Args:
+        model: any network; a model without BatchNorm is left as it is.
+        loader: batches of inputs, or of (input, target) pairs, on the model's device.
+        batches: how many to take; all by default.
+
+    Returns:
+        Number of batches used.
+
+    Raises:
+        ValueError: the loader holds no batch.
+    """
+    from fvcore.nn.precise_bn import BN_MODULE_TYPES, update_bn_stats
+
+    layers = [m for m in model.modules() if isinstance(m, BN_MODULE_TYPES) and m.track_running_stats]
+    if not layers:
+        return 0
+    used = [batch_inputs(batch) for batch in islice(loader, batches)]
+    if not used:
+        raise ValueError("recalibrate_batchnorm: expected at least one batch, found none")
+    before = [(layer.momentum, copy.deepcopy(layer.state_dict()), set(layer._forward_pre_hooks)) for layer in layers]
+    unreached = layers
+    with kept_modes(model), torch.no_grad():
+        model.eval()
+        for layer in layers:
+            layer.train()
+        try:
+            update_bn_stats(model, used, len(used))
+            unreached = [
+                layer for layer, (_, state, _) in zip(layers, before, strict=True)
+                if torch.equal(layer.num_batches_tracked, state["num_batches_tracked"])
+            ]  # fmt: skip
+        finally:  # update_bn_stats sets layers without inputs to zero, and an error leaves its traces in all
+            for layer, (momentum, state, hooks) in zip(layers, before, strict=True):
+                layer.momentum = momentum
+                for key in set(layer._forward_pre_hooks) - hooks:
+                    del layer._forward_pre_hooks[key]
+                if layer in unreached:
+                    layer.load_state_dict(state)
+                layer.running_var.clamp_min_(0.0)  # a constant's variance comes out as a difference of large squares
+    return len(used)
+
+
+def fold_means(graph: tp.DependencyGraph, evidence: Sequence[Evidence]) -> list[tuple[str, str, bool]]:
+    r"""Moves the mean of neurons that are about to be removed into what follows their consumers.
+
+    For each consumer :math:`y_o \mathrel{+}= \sum_c \bar a_c \sum_k W_{o,c,k}` goes into its bias, or is taken off the
+    running mean of the BatchNorm behind it. Costs no FLOPs. For a constant neuron this is exact wherever every kernel
+    position reads a real position (`exact_fold`); at the borders of a zero-padded convolution it is not.
+
+    Args:
+        graph: of the model.
+        evidence: of the group that is going to be pruned, with the indices that go; before it is pruned.
+
+    Returns:
+        For each consumer its type, what took the mean ("bias", "BatchNorm", or why nothing did), and whether folding a
+        constant there is exact.
+    """
+    done = []
+    for e in evidence:
+        place = _place(graph, e.use.module)
+        if isinstance(place, Tensor):
+            with torch.no_grad():
+                shift = _shift(e).to(place.device, torch.float64)
+                sign = 1.0 if place is e.use.module.bias else -1.0
+                place.copy_(place.double() + sign * shift)
+            what = "bias" if place is e.use.module.bias else "BatchNorm"
+        else:
+            what = place
+        done.append((type(e.use.module).__name__, what, isinstance(place, Tensor) and exact_fold(e.use.module)))
+    return done
+
+
+def can_fold(graph: tp.DependencyGraph, module: nn.Module) -> bool:
+    """Whether a constant input channel of this consumer can be folded away without changing any output."""
+    return isinstance(_place(graph, module), Tensor) and exact_fold(module)
+
+
+def exact_fold(module: nn.Module) -> bool:
+    """Whether a constant input makes a constant output at every position, borders included."""
+    if isinstance(module, nn.modules.conv._ConvNd):
+        if module.transposed:
+            return False
+        return module.padding_mode != "zeros" or module.padding == "valid" or not any(_padding(module))
+    return isinstance(module, nn.Linear)
+
+
+def _padding(module: nn.modules.conv._ConvNd) -> Sequence[int]:
+    if module.padding == "same":
+        return [k - 1 for k in module.kernel_size]
+    assert not isinstance(module.padding, str)
+    return module.padding
+
+
+def _place(graph: tp.DependencyGraph, module: nn.Module) -> Tensor | str:
+    """What takes a shift of a consumer's outputs: its bias, else the following BatchNorm's mean, else why not."""
+    if isinstance(module, nn.MultiheadAttention):
+        return "attention has no place for it"
+    if isinstance(module, nn.modules.conv._ConvNd) and module.transposed and any(s > 1 for s in module.stride):
+        return "a strided transposed convolution spreads a constant unevenly"
+    if isinstance(module.bias, Tensor):
+        return module.bias
+    behind = graph.module2node[module].outputs
+    if len(behind) == 1 and behind[0].type == ops.OPTYPE.BN and behind[0].module.running_mean is not None:
+        mean: Tensor = behind[0].module.running_mean
+        return mean
+    return "neither a bias nor a BatchNorm follows"
+
+
+def _shift(evidence: Evidence) -> Tensor:
+    """Change of each output that the removed channels' means cause, float64, shape [out]."""
+    module, activity, channels = evidence.use.module, evidence.activity, evidence.use.channels
+    constant = activity.highest == activity.lowest
+    mean = torch.where(constant, activity.highest.double(), activity.mean).cpu()
+    gone = torch.zeros_like(mean)
+    gone[channels] = mean[channels]
+    assert isinstance(module, nn.modules.conv._ConvNd | nn.Linear)
+    weight = module.weight.detach().double().cpu()
+    if isinstance(module, nn.Linear):
+        return weight @ gone
+    taps = weight.flatten(2).sum(2)  # [out, in / groups], transposed: [in, out / groups]
+    inputs = gone.view(module.groups, -1)
+    if module.transposed:
+        return torch.einsum("gio,gi->go", taps.view(module.groups, inputs.shape[1], -1), inputs).flatten()
+    return torch.einsum("goi,gi->go", taps.view(module.groups, -1, inputs.shape[1]), inputs).flatten()

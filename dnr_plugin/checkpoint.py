@@ -1,0 +1,229 @@
+"""Saving and loading of physically pruned models and of interrupted runs, without pickled code.
+
+A pruned model is a dense one, built anew, in which some layers have other sizes. So its description is the builder's
+name and arguments, what differs in each module's plain attributes, and the shape of each tensor.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import InputError
+
+FORMAT = 1
+ARCHITECTURE, WEIGHTS = "architecture.json", "model.safetensors"
+_PLAIN = (bool, int, float, str, type(None))
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[Any]]:
+    """Opens a file that replaces ``path`` only when it was written to the end and lies on the disk.
+
+    A kill or a full disk in between leaves the old file as it was, and no rubbish after an exception.
+    """
+    path = Path(path)
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(name)
+        raise
+
+
+def describe(model: nn.Module, builder: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """What is needed, besides the tensors, to build a pruned model again; plain JSON data.
+
+    Args:
+        model: pruned or dense.
+        builder: ``{"name": ..., "kwargs": {...}}`` of the dense model, as in a recipe ("resnet18",
+            "torchvision.resnet50", "module:function"); by default what `models.build_model` left on the model.
+
+    Raises:
+        ValueError: the builder is unknown, or makes modules of other names or types.
+    """
+    from .models import rebuild
+
+    builder = builder or getattr(model, "dnr_builder", None)
+    if builder is None:
+        raise ValueError(
+            "builder: expected {'name': ..., 'kwargs': {...}} of the dense model, since this one was not made by "
+            "dnr_plugin, found nothing; e.g. {'name': 'torchvision.resnet50', 'kwargs': {'num_classes': 1000}}"
+        )
+    fresh = rebuild(builder, allow_import=True)
+    ours, theirs = dict(model.named_modules()), dict(fresh.named_modules())
+    differing = [name for name in {**ours, **theirs} if type(ours.get(name)) is not type(theirs.get(name))]
+    if differing:
+        raise ValueError(
+            f"builder: {builder['name']} makes another model: {', '.join(repr(name) for name in differing[:5])} differ"
+        )
+    changed = {}
+    for name, module in ours.items():
+        before, after = _attributes(theirs[name]), _attributes(module)
+        found = {key: value for key, value in after.items() if key not in before or before[key] != value}
+        if found:
+            changed[name] = found
+    return {
+        "format": FORMAT,
+        "builder": dict(builder),
+        "modules": changed,
+        "tensors": {
+            name: {"shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")}
+            for name, tensor in model.state_dict().items()
+        },
+    }
+
+
+def build(architecture: Mapping[str, Any], allow_import: bool = False) -> nn.Module:
+    """Builds the model of an architecture, with tensors of the right shapes and no meaning.
+
+    Raises:
+        InputError: the description is not one, or needs a function outside of this package and ``allow_import`` is
+            not given.
+    """
+    from .models import rebuild
+
+    if architecture.get("format") != FORMAT or not isinstance(architecture.get("tensors"), dict):
+        raise InputError(f"{ARCHITECTURE}: expected a description of format {FORMAT}, found {architecture.get('format')}")
+    model = rebuild(architecture["builder"], allow_import)
+    modules = dict(model.named_modules())
+    try:
+        for name, attributes in architecture["modules"].items():
+            for key, value in attributes.items():
+                setattr(modules[name], key, tuple(value) if isinstance(value, list) else value)
+        for name, tensor in architecture["tensors"].items():
+            owner, _, key = name.rpartition(".")
+            _set_tensor(modules[owner], key, tensor["shape"], getattr(torch, tensor["dtype"]))
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise InputError(f"{ARCHITECTURE}: does not fit {architecture['builder'].get('name')}: {error!r}") from error
+    return model
+
+
+def save_pruned(
+    model: nn.Module, folder: str | os.PathLike[str], builder: Mapping[str, Any] | None = None
+) -> None:
+    """Writes a model as ``model.safetensors`` and ``architecture.json``; no pickle.
+
+    Args:
+        model: pruned or dense, on any device.
+        folder: made where it does not exist.
+        builder: see `describe`; needed for models that dnr_plugin did not build.
+
+    Raises:
+        ValueError: see `describe`.
+    """
+    from safetensors.torch import save
+
+    architecture = describe(model, builder)
+    # shared tensors are written once for each name: safetensors refuses views of the same memory
+    tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in model.state_dict().items()}
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with atomic_write(folder / WEIGHTS, "wb") as file:
+        file.write(save(tensors))
+    with atomic_write(folder / ARCHITECTURE) as file:
+        json.dump(architecture, file, indent=1)
+
+
+def load_pruned(folder: str | os.PathLike[str], allow_import: bool = False) -> nn.Module:
+    """Loads what `save_pruned` wrote; outputs are equal to the bit.
+
+    Args:
+        folder: with ``architecture.json`` and ``model.safetensors``.
+        allow_import: let an architecture whose builder is a ``module:function`` outside of this package import and
+            call it. Without it nothing in the folder can run code.
+
+    Returns:
+        The model on the CPU, in eval mode.
+
+    Raises:
+        InputError: a file is missing, damaged or does not fit the other.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    folder = Path(folder)
+    for name in (ARCHITECTURE, WEIGHTS):
+        if not (folder / name).is_file():
+            raise InputError(f"{folder}: expected a folder with {ARCHITECTURE} and {WEIGHTS}, found no {name}")
+    try:
+        architecture = json.loads((folder / ARCHITECTURE).read_text(encoding="utf-8"))
+        tensors = load_file(folder / WEIGHTS)
+    except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
+        raise InputError(f"{folder}: expected files that save_pruned wrote, found damage: {error}") from error
+    if not isinstance(architecture, dict):
+        raise InputError(f"{folder / ARCHITECTURE}: expected a mapping, found {type(architecture).__name__}")
+    model = build(architecture, allow_import)
+    _load_tensors(model, tensors, str(folder))
+    return model.eval()
+
+
+def _load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise InputError(f"{where}: {WEIGHTS} does not fit {ARCHITECTURE}: {error}".replace("\n", " ")) from error
+
+
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    """Attributes that are plain values or sequences of them, such as ``in_channels`` and ``normalized_shape``."""
+    found = {}
+    for key, value in vars(module).items():
+        if key.startswith("_") or key in ("training", "dnr_builder"):
+            continue
+        if isinstance(value, _PLAIN):
+            found[key] = value
+        elif isinstance(value, tuple | list) and all(isinstance(item, _PLAIN) for item in value):
+            found[key] = list(value)
+    return found
+
+
+def _set_tensor(module: nn.Module, key: str, shape: list[int], dtype: torch.dtype) -> None:
+    old = getattr(module, key, None)
+    if isinstance(old, Tensor) and list(old.shape) == shape and old.dtype == dtype:
+        return
+    new = torch.empty(shape, dtype=dtype)
+    if key in module._buffers:
+        module._buffers[key] = new
+    elif key in module._parameters:
+        module._parameters[key] = nn.Parameter(new, requires_grad=old is None or old.requires_grad)
+    else:
+        raise KeyError(key)
+
+
+def save_checkpoint(state: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+    """Writes the state of an interrupted run: tensors and plain values only, atomically."""
+    packed = io.BytesIO()  # torch.save hides a full disk behind an error of its own
+    torch.save(dict(state), packed)
+    with atomic_write(path, "wb") as file:
+        file.write(packed.getbuffer())
+
+
+def load_checkpoint_state(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Reads what `save_checkpoint` wrote, running no code from it.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    try:
+        state = torch.load(path, weights_only=True, map_location="cpu")
+    except Exception as error:  # damage shows as a dozen types
+        raise InputError(f"{path}: expected the checkpoint of a run, found a damaged file ({type(error).__name__})") from error
+    if not isinstance(state, dict):
+        raise InputError(f"{path}: expected the checkpoint of a run, found {type(state).__name__}")
+    return state

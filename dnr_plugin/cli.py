@@ -1,0 +1,274 @@
+"""The ``dnr`` command: arguments in, exit codes out."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from .errors import InputError, TargetError
+
+DONE, FAILED, BAD_INPUT, TARGET_MISSED = 0, 1, 2, 3
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        argv: arguments after the program's name; ``sys.argv`` by default.
+
+    Returns:
+        0 done; 2 the input is wrong (one line per problem on stderr); 3 the target was not reached, what was reached is
+        saved; 1 anything else.
+    """
+    arguments = _parser().parse_args(argv)
+    # what torch says about itself, and what the report says anyway
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
+    warnings.filterwarnings("ignore", message=".* is left alone")
+    try:
+        code: int = arguments.command(arguments)
+        return code
+    except InputError as error:
+        for problem in error.problems:
+            print(f"dnr: {problem}", file=sys.stderr)
+        return BAD_INPUT
+    except TargetError as error:
+        print(f"dnr: {error}", file=sys.stderr)
+        return TARGET_MISSED
+    except KeyboardInterrupt:
+        print("dnr: interrupted; add --resume to go on after the last finished epoch", file=sys.stderr)
+        return FAILED
+    except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return DONE
+    except OSError as error:
+        print(f"dnr: {error}; with space and access restored, add --resume to go on", file=sys.stderr)
+        return FAILED
+    except Exception as error:
+        if not _is_divergence(error):
+            raise
+        print(f"dnr: {error}", file=sys.stderr)
+        return FAILED
+
+
+def _is_divergence(error: Exception) -> bool:
+    from .train import DivergedError
+
+    return isinstance(error, DivergedError)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="dnr",
+        description="Compress convolutional networks by their dying neurons.",
+        epilog="Exit codes: 0 done; 2 the input is wrong; 3 the target was not reached (what was is saved); 1 other.",
+    )
+    from importlib.metadata import version
+
+    parser.add_argument("--version", action="version", version=f"dnr_plugin {version('dnr_plugin')}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def command(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        sub.set_defaults(command=run)
+        return sub
+
+    def takes_recipe(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of a shipped recipe (dnr recipes)")
+        sub.add_argument(
+            "--set", metavar="a.b=value", action="append", default=[], dest="overrides",
+            help="override an option; may be repeated",
+        )  # fmt: skip
+
+    def takes_device(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
+
+    run = command("run", _run, "train, remove, fine-tune and report, as a recipe says")
+    takes_recipe(run)
+    run.add_argument("--output", metavar="DIR", help="folder of the run; default: runs/<recipe name>")
+    run.add_argument("--resume", action="store_true", help="go on with the run in the folder")
+    takes_device(run)
+
+    check = command("check", _check, "validate a recipe, its data and its target, without training")
+    takes_recipe(check)
+
+    plan = command("plan", _plan, "show what would be removed, layer by layer; writes nothing, trains nothing")
+    takes_recipe(plan)
+    takes_device(plan)
+
+    report = command("report", _report, "show FLOPs and parameters per layer, dense against pruned")
+    report.add_argument("folder", metavar="RUN_OR_MODEL", help="folder of a run, or one written by save_pruned")
+    report.add_argument("--format", choices=("table", "markdown", "json"), default="table", help="default: table")
+    report.add_argument("--input", metavar="CxHxW", help="shape of one image; default: the builder's, else 3x224x224")
+    report.add_argument(
+        "--allow-import", action="store_true", help="let a saved model call the module:function that built it"
+    )
+
+    recipes = command("recipes", _recipes, "list the shipped recipes, print one, or explain every option")
+    recipes.add_argument("name", nargs="?", metavar="NAME", help="a recipe to print, or: options")
+
+    bench = command("bench", _bench, "measure costs side by side in one process")
+    bench.add_argument("what", choices=("overhead",), help="overhead: of observing and scoring")
+    bench.add_argument("--width", type=int, default=64, help="of ResNet-18; default: 64")
+    bench.add_argument("--batch", type=int, default=16, help="images per training step; default: 16")
+    bench.add_argument("--rounds", type=int, default=15, help="timed rounds of each; default: 15")
+    bench.add_argument("--json", action="store_true", help="print JSON")
+    takes_device(bench)
+    return parser
+
+
+def _recipe_file(name: str) -> str:
+    """A file as it is, or else the shipped recipe of that name."""
+    from .recipe import shipped_recipes
+
+    if os.path.exists(name) or name.endswith((".yaml", ".yml")) or name not in shipped_recipes():
+        return name
+    return str(shipped_recipes()[name])
+
+
+def _track(items: Iterable[Any], total: int, what: str) -> Iterable[Any]:
+    """A progress bar on a terminal, nothing elsewhere."""
+    from rich.console import Console
+    from rich.progress import track
+
+    console = Console(stderr=True)
+    return track(items, description=what, total=total, console=console, transient=True, disable=not console.is_terminal)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from .recipe import load_recipe, located
+    from .report import facts, summary_table
+    from .run import run_recipe
+
+    file = _recipe_file(arguments.recipe)
+    recipe = load_recipe(file, arguments.overrides)
+    output = Path(arguments.output) if arguments.output else Path("runs") / recipe.name
+    try:
+        report = run_recipe(recipe, output, resume=arguments.resume, device=arguments.device, track=_track)
+    except InputError as error:
+        raise located(error, file, arguments.overrides) from None
+    console = Console()
+    console.print(summary_table(report))
+    for fact in facts(report):
+        console.print(f"- {fact}", highlight=False, soft_wrap=True)
+    console.print(f"Written to {output}: report.html, report.json, model.safetensors", highlight=False, soft_wrap=True)
+    target = report["target"]
+    if not target["reached"]:
+        raise TargetError(
+            f"{target['kind']}: {target['requested']} was asked, {target['achieved']:.4f} was reached and is saved",
+            target["achieved"],
+        )
+    return DONE
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from .recipe import load_recipe, located
+    from .run import check_recipe
+
+    file = _recipe_file(arguments.recipe)
+    recipe = load_recipe(file, arguments.overrides)
+    try:
+        check_recipe(recipe)
+    except InputError as error:
+        raise located(error, file, arguments.overrides) from None
+    print(f"{file}: fine")
+    return DONE
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from .recipe import load_recipe, located
+    from .report import layer_table
+    from .run import plan_recipe
+
+    file = _recipe_file(arguments.recipe)
+    recipe = load_recipe(file, arguments.overrides)
+    try:
+        plan, rows = plan_recipe(recipe, arguments.device, _track)
+    except InputError as error:
+        raise located(error, file, arguments.overrides) from None
+    console = Console()
+    console.print(layer_table(rows, f"{recipe.name}: what would be removed"))
+    if recipe.model.checkpoint is None:
+        console.print("- Weights are untrained: after training, other neurons go and layers may shrink differently.")
+    console.print(f"- {plan.removed} of {plan.neurons} neurons would go; {plan.dead} are dead.", highlight=False)
+    console.print(f"- Target {plan.kind}: {plan.requested:g} requested, {plan.achieved:.4f} achieved.", highlight=False)
+    for layer, reason in plan.skipped:
+        console.print(f"- {layer} is left alone: {reason}.", highlight=False, soft_wrap=True)
+    return DONE
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from . import report
+
+    folder = Path(arguments.folder)
+    if (folder / "report.json").is_file():
+        try:
+            found = json.loads((folder / "report.json").read_text())
+            tables = [report.summary_table(found), report.layer_table(found["layers"], "layers")]
+            notes, text = report.facts(found), report.markdown(found)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{folder / 'report.json'}: expected the report of a run, found damage: {error!r}") from error
+    else:
+        from .run import report_model
+
+        found, notes = report_model(folder, arguments.input, arguments.allow_import)
+        tables = [report.layer_table(found["layers"], str(folder))]
+        text = "\n".join([*report.layer_markdown(found["layers"]), "", *(f"- {note}" for note in notes)]) + "\n"
+    if arguments.format == "json":
+        print(json.dumps(found, indent=1))
+    elif arguments.format == "markdown":
+        print(text, end="")
+    else:
+        console = Console()
+        for table in tables:
+            console.print(table)
+        for note in notes:
+            console.print(f"- {note}", highlight=False, soft_wrap=True)
+    return DONE
+
+
+def _recipes(arguments: argparse.Namespace) -> int:
+    from .errors import did_you_mean
+    from .recipe import load_recipe, option_reference, shipped_recipes
+
+    shipped = shipped_recipes()
+    if arguments.name == "options":
+        print(option_reference(), end="")
+    elif arguments.name is None:
+        width = max(map(len, shipped))
+        for name, file in shipped.items():
+            print(f"{name:{width}}  {load_recipe(file).description}")
+        print("\ndnr recipes NAME prints one; dnr recipes options explains every option.")
+    elif arguments.name in shipped:
+        print(shipped[arguments.name].read_text(encoding="utf-8"), end="")
+    else:
+        raise InputError(
+            f"recipes: expected options or one of {', '.join(shipped)}, found {arguments.name!r}"
+            f"{did_you_mean(arguments.name, shipped)}"
+        )
+    return DONE
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    from .bench import overhead
+
+    found = overhead(width=arguments.width, batch=arguments.batch, rounds=arguments.rounds, device=arguments.device)
+    if arguments.json:
+        print(json.dumps(found, indent=1))
+    else:
+        for line in found["lines"]:
+            print(line)
+    return DONE
+
+

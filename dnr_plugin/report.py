@@ -1,0 +1,251 @@
+"""Turns the figures of a run, or of a model, into JSON, Markdown, HTML, terminal tables and plots; measures nothing."""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .checkpoint import atomic_write
+from .measure import FlopReport
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+NOTE = "FLOPs as fvcore counts them: one multiply-add is one FLOP; for one sample."
+
+
+def layer_rows(dense: FlopReport, pruned: FlopReport) -> list[dict[str, Any]]:
+    """One row per layer, dense against pruned, in the model's order."""
+    after = {layer.name: layer for layer in pruned.layers}
+    rows = []
+    for before in dense.layers:
+        now = after.get(before.name)
+        rows.append(
+            {
+                "name": before.name,
+                "type": before.type,
+                "channels_before": before.out_channels,
+                "channels_after": now.out_channels if now else 0,
+                "params_before": before.params,
+                "params_after": now.params if now else 0,
+                "flops_before": before.flops,
+                "flops_after": now.flops if now else 0,
+            }
+        )
+    return rows
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.2f} %"
+
+
+def _count(value: float) -> str:
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:.3f} {unit}"
+    return f"{value:g}"
+
+
+def summary_rows(report: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+    """(measure, dense, pruned, pruned as a share of dense) for a run's report."""
+    dense, pruned, latency = report["dense"], report["pruned"], report.get("latency")
+    rows = [
+        (
+            "accuracy",
+            _percent(dense["accuracy"]),
+            _percent(pruned["accuracy"]),
+            f"{100 * (pruned['accuracy'] - dense['accuracy']):+.2f} points",
+        ),
+        ("accuracy before fine-tuning", "", _percent(pruned["accuracy_before_finetune"]), ""),
+        ("parameters", _count(dense["params"]), _count(pruned["params"]), _percent(report["kept"]["params"])),
+        ("FLOPs", _count(dense["flops"]), _count(pruned["flops"]), _percent(report["kept"]["flops"])),
+    ]
+    if latency:
+        rows.append(
+            (
+                f"latency, batch {latency['batch']}",
+                f"{latency['dense_ms']:.2f} ms",
+                f"{latency['pruned_ms']:.2f} ms",
+                _percent(latency["ratio"]),
+            )
+        )
+    return rows
+
+
+def facts(report: Mapping[str, Any]) -> list[str]:
+    """What a reader should know beside the table, one sentence a line."""
+    target, dead, exact = report["target"], report["dead"], report["exact_removal"]
+    lines = [
+        f"Target {target['kind']}: {_value(target['requested'])} requested, {_value(target['achieved'])} achieved.",
+        f"Removed {_percent(report['sparsity']['neuron'])} of the neurons and {_percent(report['sparsity']['weight'])} of "
+        "the parameters.",
+        f"{dead['neurons']} of {dead['of']} neurons were dead before the removal; {exact['neurons']} removed neurons were "
+        f"exactly zero, which changed the outputs by at most {exact['max_abs_diff']:.1e}.",
+    ]
+    if report["skipped"]:
+        named = "; ".join(f"{item['layer']} ({item['reason']})" for item in report["skipped"])
+        lines.append(f"Left alone: {named}.")
+    if report["unsupported_ops"]:
+        named = ", ".join(f"{name} ({times}x)" for name, times in report["unsupported_ops"].items())
+        lines.append(f"Not counted by fvcore: {named}.")
+    seconds = report["seconds"]
+    lines.append(
+        f"Seed {report['seed']}, {report['device']}; {seconds['train']:.0f} s training, {seconds['prune']:.0f} s pruning, "
+        f"{seconds['finetune']:.0f} s fine-tuning. {NOTE}"
+    )
+    return lines
+
+
+def _value(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else f"{value:.4g}"
+
+
+def markdown(report: Mapping[str, Any]) -> str:
+    """The report as Markdown: summary, facts, layers."""
+    lines = [f"# {report['name']}", "", "| | dense | pruned | pruned / dense |", "|---|---:|---:|---:|"]
+    lines += [f"| {' | '.join(row)} |" for row in summary_rows(report)]
+    lines += ["", *(f"- {fact}" for fact in facts(report)), "", "## Layers", ""]
+    lines += layer_markdown(report["layers"])
+    return "\n".join(lines) + "\n"
+
+
+def layer_markdown(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The rows of `layer_rows` as a Markdown table."""
+    lines = ["| layer | type | channels | parameters | FLOPs |", "|---|---|---:|---:|---:|"]
+    for row in rows:
+        cells = [f"{row[f'{what}_before']:,} → {row[f'{what}_after']:,}" for what in ("channels", "params", "flops")]
+        lines.append(f"| {row['name'] or '(model)'} | {row['type']} | {' | '.join(cells)} |")
+    return lines
+
+
+def summary_table(report: Mapping[str, Any]) -> RenderableType:
+    """The summary for a terminal."""
+    from rich.table import Table
+
+    table = Table(title=report["name"], title_justify="left")
+    for column, justify in (("", "left"), ("dense", "right"), ("pruned", "right"), ("pruned / dense", "right")):
+        table.add_column(column, justify=justify)  # type: ignore[arg-type]
+    for row in summary_rows(report):
+        table.add_row(*row)
+    return table
+
+
+def layer_table(rows: Sequence[Mapping[str, Any]], title: str = "") -> RenderableType:
+    """The layers for a terminal, with a line of sums."""
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", show_footer=True)
+    sums = {
+        f"{what}_{when}": sum(row[f"{what}_{when}"] for row in rows)
+        for what in ("params", "flops")
+        for when in ("before", "after")
+    }
+
+    def pair(values: Mapping[str, Any], what: str) -> str:
+        before, after = values[f"{what}_before"], values[f"{what}_after"]
+        return f"{before:,}" if before == after else f"{before:,} → {after:,}"
+
+    for column, footer, justify in (
+        ("layer", "total", "left"),
+        ("type", "", "left"),
+        ("channels", "", "right"),
+        ("parameters", pair(sums, "params"), "right"),
+        ("FLOPs", pair(sums, "flops"), "right"),
+    ):
+        table.add_column(column, footer=footer, justify=justify)  # type: ignore[arg-type]
+    for row in rows:
+        table.add_row(row["name"] or "(model)", row["type"], *(pair(row, w) for w in ("channels", "params", "flops")))
+    return table
+
+
+def write_report(folder: Path, report: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -> None:
+    """Writes ``report.json``, ``report.md``, ``plots/*.png`` and the self-contained ``report.html``."""
+    plots = write_plots(folder / "plots", report, events)
+    with atomic_write(folder / "report.json") as file:
+        json.dump(report, file, indent=1)
+        file.write("\n")
+    with atomic_write(folder / "report.md") as file:
+        file.write(markdown(report))
+    with atomic_write(folder / "report.html") as file:
+        file.write(_page(report, plots))
+
+
+def _page(report: Mapping[str, Any], plots: Sequence[Path]) -> str:
+    def row(cells: Sequence[str], tag: str = "td") -> str:
+        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+    def pair(values: Mapping[str, Any], what: str) -> str:
+        return f"{values[f'{what}_before']:,} → {values[f'{what}_after']:,}"
+
+    images = "".join(
+        f'<img alt="{html.escape(plot.stem)}" src="data:image/png;base64,{base64.b64encode(plot.read_bytes()).decode()}">'
+        for plot in plots
+    )
+    layers = "".join(
+        row([item["name"] or "(model)", item["type"], *(pair(item, what) for what in ("channels", "params", "flops"))])
+        for item in report["layers"]
+    )
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(report["name"])}</title>'
+        "<style>body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}"
+        "table{border-collapse:collapse;margin:1rem 0}td,th{border-bottom:1px solid #ccc;padding:.2rem .7rem;"
+        "text-align:right}td:first-child,th:first-child{text-align:left}img{max-width:100%}</style>"
+        f"<h1>{html.escape(report['name'])}</h1>"
+        f"<table>{row(['', 'dense', 'pruned', 'pruned / dense'], 'th')}"
+        f"{''.join(row(cells) for cells in summary_rows(report))}</table>"
+        f"<ul>{''.join(f'<li>{html.escape(fact)}</li>' for fact in facts(report))}</ul>{images}"
+        f"<h2>Layers</h2><table>{row(['layer', 'type', 'channels', 'parameters', 'FLOPs'], 'th')}{layers}</table></html>\n"
+    )
+
+
+def write_plots(folder: Path, report: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -> list[Path]:
+    """Draws the channels kept per layer, and accuracy over the epochs of the run; returns the files."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    folder.mkdir(exist_ok=True)
+
+    def save(figure: Figure, name: str) -> Path:
+        FigureCanvasAgg(figure)
+        with atomic_write(folder / name, "wb") as file:
+            figure.savefig(file, format="png", dpi=120)
+        return folder / name
+
+    rows = [row for row in report["layers"] if row["type"].startswith(("Conv", "Linear"))]
+    figure = Figure(figsize=(8, max(2.5, 0.24 * len(rows) + 1)), layout="constrained")
+    axes = figure.subplots()
+    places = range(len(rows))
+    axes.barh(places, [row["channels_before"] for row in rows], color="#d0d4d9", label="dense")
+    axes.barh(places, [row["channels_after"] for row in rows], color="#1f77b4", height=0.5, label="pruned")
+    axes.set_yticks(places, [row["name"] for row in rows], fontsize=8 if len(rows) < 60 else 5)
+    axes.invert_yaxis()
+    axes.margins(y=0.01)
+    axes.set_xlabel("output channels")
+    axes.set_title(f"{report['name']}: channels kept per layer")
+    axes.legend(loc="lower right")
+    written = [save(figure, "channels.png")]
+
+    epochs = [event for event in events if event["event"] == "epoch"]
+    if epochs:
+        figure = Figure(figsize=(8, 4), layout="constrained")
+        axes = figure.subplots()
+        trained = [event for event in epochs if event["stage"] == "train"]
+        for stage, color in (("train", "#555555"), ("finetune", "#1f77b4")):
+            offset = 0 if stage == "train" else len(trained)
+            points = [(offset + e["epoch"], 100 * e["accuracy"]) for e in epochs if e["stage"] == stage]
+            if points:
+                label = "dense training" if stage == "train" else "fine-tuning"
+                axes.plot(*zip(*points, strict=True), marker="o", markersize=3, color=color, label=label)
+        before = report["pruned"]["accuracy_before_finetune"]
+        axes.plot([len(trained)], [100 * before], "v", color="#d62728", label="right after removal")
+        axes.set_xlabel("epoch")
+        axes.set_ylabel("test accuracy, %")
+        axes.set_title(f"{report['name']}: accuracy over the run")
+        axes.grid(alpha=0.3)
+        axes.legend()
+        written.append(save(figure, "accuracy.png"))
+    return written

@@ -1,0 +1,581 @@
+"""A compression run, stage by stage: train, remove, fine-tune, report. Every stage can be resumed."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import checkpoint, report
+from .batchnorm import recalibrate_batchnorm
+from .data import Data, check_data, data_shape, derive_seed, load_data
+from .errors import InputError, TargetError, did_you_mean
+from .graph import call, kept_modes, tensors
+from .importance import DyingNeuronImportance
+from .measure import flop_report, latencies
+from .models import build_model, check_model, rebuild
+from .neurons import SCORES
+from .recipe import differing_fields, load_recipe, write_recipe
+from .removal import (
+    KEPT_TARGETS,
+    Baseline,
+    Limits,
+    Plan,
+    baseline,
+    check_target,
+    output_difference,
+    plan_removal,
+    prune_neurons,
+)
+from .schema import Recipe
+from .train import Trainer, evaluate
+
+Track = Callable[[Iterable[Any], int, str], Iterable[Any]]
+
+_BATCH = 250  # images per step where nothing is learned: observing, recalibrating
+
+
+def _quiet(items: Iterable[Any], total: int, what: str) -> Iterable[Any]:
+    return items
+
+
+def run_recipe(
+    recipe: Recipe,
+    output: str | os.PathLike[str] | None = None,
+    *,
+    resume: bool = False,
+    device: str = "auto",
+    track: Track = _quiet,
+) -> dict[str, Any]:
+    """Runs a recipe and fills its folder with the model, the report, the events and the plots.
+
+    Args:
+        recipe: from `recipe.load_recipe`.
+        output: the folder; ``runs/<name>`` by default.
+        resume: go on with what lies in the folder. A run that was killed goes on after its last finished epoch and ends
+            as if it had not been; a finished one is only read.
+        device: "auto", "cpu" or "cuda".
+        track: wraps an iterable for display, with its length and a description.
+
+    Returns:
+        What ``report.json`` holds. ``report["target"]["reached"]`` tells whether the target was reached; if not, the
+        closest that could be reached was.
+
+    Raises:
+        InputError: recipe, data, folder or target cannot be used; nothing was written.
+        DivergedError: the loss became NaN.
+    """
+    folder = Path(output) if output is not None else Path("runs") / recipe.name
+    finished = check_folder(folder, recipe, resume)
+    if finished is not None:
+        return finished
+    run = prepared(recipe, folder, pick_device(device), track)
+    check_target(run.model, run.example, recipe.prune.target.kind, recipe.prune.target.value, run.limits, run.dense)
+    check_space(folder, run.model)
+    return run.go(resume)
+
+
+def prepared(recipe: Recipe, folder: Path, device: torch.device, track: Track) -> _Run:
+    """Loads the data, builds the model and checks that they fit each other and the recipe."""
+    _check_score(recipe)
+    torch.manual_seed(derive_seed(recipe.seed, "weights"))
+    data = load_data(recipe.data, recipe.seed)
+    check_batches(recipe, data)
+    model = build_model(recipe.model, data.num_classes, data.in_channels, data.image_size)
+    example = example_inputs(data.in_channels, data.image_size)
+    check_forward(model, example, data.num_classes)
+    dense = baseline(model, example)
+    return _Run(recipe, folder, device, data, model, example, limits_of(recipe), dense, track)
+
+
+class _Run:
+    """The state of a run and its stages, in the order in which they run."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        folder: Path,
+        device: torch.device,
+        data: Data,
+        model: nn.Module,
+        example: Tensor,
+        limits: Limits,
+        dense: Baseline,
+        track: Track,
+    ) -> None:
+        self.recipe, self.folder, self.device, self.track = recipe, folder, device, track
+        self.data, self.train_images, self.test_images = data, data.train.to(device), data.test.to(device)
+        self.model, self.example = placed(model, device), example.to(device)
+        self.limits, self.dense = limits, dense
+        self.stage, self.epoch = "train", 0
+        self.results: dict[str, Any] = {"seconds": {"train": 0.0, "prune": 0.0, "finetune": 0.0}}
+        self.events = folder / "events.jsonl"
+
+    def go(self, resume: bool) -> dict[str, Any]:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_recipe(self.recipe, self.folder / "recipe.yaml")
+        state = self.restore() if resume else None
+        if state is None:
+            self.events.write_text("")
+        if self.stage == "train":
+            self.train("train", state)
+            self.results["dense_accuracy"] = self.accuracy()
+            self.stage, self.epoch, state = "prune", 0, None
+            self.save()
+        if self.stage == "prune":
+            with self.timed("prune"):
+                self.prune()
+            self.stage, self.epoch = "finetune", 0
+            self.save()
+            state = None
+        self.train("finetune", state)
+        return self.finish()
+
+    def train(self, stage: str, state: Mapping[str, Any] | None) -> None:
+        """Trains for the epochs of a stage that are left, with a checkpoint after each."""
+        options = self.recipe.train if stage == "train" else self.recipe.finetune
+        if options.epochs == 0:
+            return
+        seed = derive_seed(self.recipe.seed, stage)
+        torch.manual_seed(seed)  # of dropout and the like
+        trainer = Trainer(self.model, self.train_images, options, seed, self.recipe.data.augment)
+        if state is not None and "optimizer" in state:
+            trainer.optimizer.load_state_dict(state["optimizer"])
+            trainer.schedule.load_state_dict(state["schedule"])
+            _set_random_state(state)
+        for number in range(self.epoch, options.epochs):
+            what = f"{stage} epoch {number + 1}/{options.epochs}"
+            start = time.perf_counter()
+            with self.timed(stage):
+                done = trainer.epoch(number, lambda steps, total, what=what: self.track(steps, total, what))  # type: ignore[misc]
+            self.epoch = number + 1
+            self.log(
+                event="epoch", stage=stage, epoch=number + 1, loss=done.loss, lr=done.lr, accuracy=self.accuracy(),
+                seconds=time.perf_counter() - start,
+            )  # fmt: skip
+            self.save(trainer)
+
+    def prune(self) -> None:
+        """Observes and removes, in the recipe's number of steps."""
+        options = self.recipe.prune
+        target = options.target
+        steps = options.steps if target.kind != "dead" else 1
+        done: dict[str, Any] = {"skipped": [], "exact_neurons": 0, "max_abs_diff": 0.0, "reached": True}
+        if target.kind == "latency":
+            self.dense = baseline(self.model, self.example, keep_model=True)
+        for step in range(1, steps + 1):
+            importance = self.importance()
+            self.observe(importance)
+            value = step_value(target.kind, target.value, step, steps)
+            try:
+                plan = plan_removal(
+                    self.model, self.example, importance, target.kind, value,
+                    scope=options.scope, limits=self.limits, dense=self.dense,
+                )  # fmt: skip
+            except TargetError as error:
+                plan, done["reached"] = error.plan, False
+            if step == 1:
+                done["dead"], done["neurons"], done["skipped"] = plan.dead, plan.neurons, plan.skipped
+            self.remove(plan, importance, step, done)
+            done["achieved"] = plan.achieved
+            if not done["reached"]:
+                break
+        self.results["removal"] = done
+        self.results["accuracy_before_finetune"] = self.accuracy()
+
+    def importance(self) -> DyingNeuronImportance:
+        options = self.recipe.prune
+        read = options.observe
+        return DyingNeuronImportance(options.score, threshold=read.threshold, share=read.share, bins=read.bins)
+
+    def observe(self, importance: DyingNeuronImportance) -> None:
+        wanted = self.recipe.prune.observe
+        with importance.observe(self.model) as observer, kept_modes(self.model), torch.no_grad():
+            self.model.eval()
+            for images in self.calibration(wanted.samples, "observing"):
+                self.model(images)
+        seen = min(activity.samples for activity in observer.activities.values())
+        if seen < wanted.min_samples:
+            raise InputError(
+                f"prune.observe.min_samples: expected at most {seen}, the training images there are, "
+                f"found {wanted.min_samples}"
+            )
+
+    def remove(self, plan: Plan, importance: DyingNeuronImportance, step: int, done: dict[str, Any]) -> None:
+        """Takes what is exactly zero first, to measure that nothing changes, then the rest."""
+        probe = next(iter(self.train_images.batches(_BATCH)))[0]
+        exact = {name: gone for name, gone in plan.zero.items() if gone}
+        before = self.outputs(probe)
+        prune_neurons(self.model, self.example, exact, importance=importance)
+        if exact:
+            done["exact_neurons"] += sum(map(len, exact.values()))
+            done["max_abs_diff"] = max(done["max_abs_diff"], output_difference(before, self.outputs(probe))[0])
+        rest = {name: _renumbered(gone, exact.get(name, [])) for name, gone in plan.removals.items()}
+        prune_neurons(self.model, self.example, rest, importance=importance, fold=self.recipe.prune.fold)
+        recalibrate = self.recipe.prune.recalibrate
+        if recalibrate:
+            recalibrate_batchnorm(self.model, self.calibration(recalibrate, "recalibrating BatchNorm"))
+        for name, gone in plan.removals.items():
+            self.log(
+                event="removed", step=step, layer=name, removed=len(gone), exactly_zero=len(plan.zero.get(name, [])),
+                neurons=plan.sizes[name] - len(gone),
+            )  # fmt: skip
+
+    def finish(self) -> dict[str, Any]:
+        """Measures the result and writes everything that stays."""
+        recipe, removal = self.recipe, self.results["removal"]
+        pruned = flop_report(self.model, self.example)
+        dense = self.dense.report
+        neurons_left = baseline(self.model, self.example).neurons
+        latency = self.latency()
+        seconds = {**self.results["seconds"]}
+        seconds["total"] = sum(seconds.values())
+        kept = {"params": pruned.params / dense.params, "flops": pruned.flops / dense.flops}
+        target = recipe.prune.target
+        data = {
+            "name": recipe.name,
+            "seed": recipe.seed,
+            "recipe": recipe.model_dump(mode="json"),
+            "device": device_name(self.device),
+            "versions": versions(),
+            "seconds": seconds,
+            "dense": {"params": dense.params, "flops": dense.flops, "accuracy": self.results["dense_accuracy"]},
+            "pruned": {
+                "params": pruned.params,
+                "flops": pruned.flops,
+                "accuracy": self.accuracy(),
+                "accuracy_before_finetune": self.results["accuracy_before_finetune"],
+            },
+            "sparsity": {"neuron": 1 - neurons_left / self.dense.neurons, "weight": 1 - kept["params"]},
+            "kept": kept,
+            "latency": latency,
+            "target": {
+                "kind": target.kind,
+                "requested": True if target.kind == "dead" else target.value,
+                "achieved": removal["achieved"],
+                "reached": removal["reached"],
+            },
+            "dead": {"neurons": removal["dead"], "of": removal["neurons"]},
+            "reactivated": 0,  # a removal after training has no candidates that could come back
+            "exact_removal": {"neurons": removal["exact_neurons"], "max_abs_diff": removal["max_abs_diff"]},
+            "layers": report.layer_rows(dense, pruned),
+            "skipped": [{"layer": layer, "reason": reason} for layer, reason in removal["skipped"]],
+            "unsupported_ops": pruned.unsupported_ops,
+        }
+        checkpoint.save_pruned(self.model, self.folder)
+        events = [json.loads(line) for line in self.events.read_text().splitlines()]
+        report.write_report(self.folder, data, events)
+        (self.folder / "checkpoint.pt").unlink(missing_ok=True)
+        return data
+
+    def latency(self) -> dict[str, Any]:
+        dense = build_model(
+            self.recipe.model.model_copy(update={"checkpoint": None}),
+            self.data.num_classes, self.data.in_channels, self.data.image_size,
+        )  # fmt: skip
+        batch = 8
+        images = self.example.expand(batch, -1, -1, -1).contiguous()
+        before, after = latencies([placed(dense, self.device), self.model], images)
+        return {"batch": batch, "dense_ms": 1e3 * before, "pruned_ms": 1e3 * after, "ratio": after / before}
+
+    def calibration(self, samples: int, what: str) -> Iterator[Tensor]:
+        """The first training images in an order of the seed, not augmented."""
+        left = min(samples, len(self.train_images))
+        seed = derive_seed(self.recipe.seed, "calibration")
+        batches = self.train_images.batches(min(_BATCH, left), seed=seed)
+        for images, _ in self.track(batches, -(-left // _BATCH), what):
+            yield images[:left]
+            left -= len(images)
+            if left <= 0:
+                return
+
+    def outputs(self, images: Tensor) -> list[Tensor]:
+        with kept_modes(self.model), torch.no_grad():
+            self.model.eval()
+            return list(tensors(call(self.model, images)))
+
+    def accuracy(self) -> float:
+        return evaluate(self.model, self.test_images)
+
+    @contextlib.contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.results["seconds"][stage] += time.perf_counter() - start
+
+    def log(self, **event: Any) -> None:
+        with self.events.open("a") as file:
+            file.write(json.dumps(event) + "\n")
+
+    def save(self, trainer: Trainer | None = None) -> None:
+        state = {
+            "stage": self.stage,
+            "epoch": self.epoch,
+            "results": self.results,
+            "events": self.events.stat().st_size,
+            "architecture": json.dumps(checkpoint.describe(self.model)),
+            "model": self.model.state_dict(),
+            "random": torch.get_rng_state(),
+        }
+        if self.device.type == "cuda":
+            state["random_cuda"] = torch.cuda.get_rng_state(self.device)
+        if trainer is not None:
+            state["optimizer"] = trainer.optimizer.state_dict()
+            state["schedule"] = trainer.schedule.state_dict()
+        checkpoint.save_checkpoint(state, self.folder / "checkpoint.pt")
+
+    def restore(self) -> dict[str, Any] | None:
+        path = self.folder / "checkpoint.pt"
+        if not path.is_file():
+            return None
+        state = checkpoint.load_checkpoint_state(path)
+        self.stage, self.epoch, self.results = state["stage"], state["epoch"], state["results"]
+        # the builder is the recipe's own, which this run would call anyway
+        self.model = checkpoint.build(json.loads(state["architecture"]), allow_import=True)
+        self.model.load_state_dict(state["model"])
+        self.model = placed(self.model, self.device)
+        os.truncate(self.events, state["events"])  # what a killed epoch wrote after its checkpoint
+        return state
+
+
+def _set_random_state(state: Mapping[str, Any]) -> None:
+    torch.set_rng_state(state["random"])
+    if "random_cuda" in state:
+        torch.cuda.set_rng_state(state["random_cuda"])
+
+
+def _renumbered(neurons: Iterable[int], gone: Iterable[int]) -> list[int]:
+    """Numbers that neurons have once others of their layer are gone."""
+    removed = sorted(gone)
+    return [n - sum(g < n for g in removed) for n in neurons if n not in removed]
+
+
+def step_value(kind: str, value: float, step: int, steps: int) -> float:
+    """The target of one of several equal steps: the last one's is the recipe's own."""
+    if kind in KEPT_TARGETS:
+        return 1.0 - (1.0 - value) * step / steps
+    return value * step / steps
+
+
+def limits_of(recipe: Recipe) -> Limits:
+    """What the recipe allows to be removed."""
+    prune = recipe.prune
+    return Limits(prune.ignored, prune.round_to, prune.max_pruning_ratio)
+
+
+def example_inputs(in_channels: int, image_size: int) -> Tensor:
+    """One image of noise, the same every time, for tracing and counting."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(1, in_channels, image_size, image_size, generator=generator)
+
+
+def pick_device(name: str) -> torch.device:
+    """The device for "auto", "cpu" or "cuda".
+
+    Raises:
+        InputError: CUDA was asked for and there is none.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device: expected auto or cpu, since torch finds no CUDA device, found cuda")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def placed(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model on a device, on a GPU in the memory layout its convolutions are fast in."""
+    if device.type == "cuda":
+        return model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+    return model.to(device)
+
+
+def device_name(device: torch.device) -> str:
+    """The device in words, for reports."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
+
+
+def versions() -> dict[str, str]:
+    """Of Python and the packages that decide a run's figures."""
+    from importlib.metadata import version
+
+    names = ("dnr_plugin", "torch", "torchvision", "torch-pruning", "fvcore", "numpy")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+
+
+def check_folder(folder: Path, recipe: Recipe, resume: bool) -> dict[str, Any] | None:
+    """Refuses a folder that this run may not write to; returns the report of a finished run that is resumed.
+
+    Raises:
+        InputError: see the messages.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"--output: expected a folder, found the file {folder}")
+    parent = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise InputError(f"--output: expected a folder that can be written to, found {folder}, where {parent} cannot")
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return None
+    saved = folder / "recipe.yaml"
+    if not saved.is_file():
+        raise InputError(f"--output: expected an empty folder or that of a run, found {folder} with other files in it")
+    differing = differing_fields(load_recipe(saved), recipe)
+    if differing:
+        shown = "; ".join(differing[:8]) + (f" and {len(differing) - 8} more" if len(differing) > 8 else "")
+        raise InputError(f"--output: {folder} holds a run of another recipe (there, here): {shown}")
+    if not resume:
+        raise InputError(
+            f"--output: {folder} holds a run of this recipe already: add --resume to go on with it, or name another folder"
+        )
+    if (folder / "checkpoint.pt").is_file() or not (folder / "report.json").is_file():
+        return None
+    finished: dict[str, Any] = json.loads((folder / "report.json").read_text())
+    return finished
+
+
+def check_space(folder: Path, model: nn.Module) -> None:
+    """Refuses to start a run whose checkpoints would not fit on the disk."""
+    size = sum(t.numel() * t.element_size() for t in model.state_dict().values())
+    needed = 8 * size + 10 * 2**20  # two checkpoints with Adam's moments, the model, plots
+    parent = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise InputError(f"--output: expected {needed / 2**20:.0f} MiB free for {folder}, found {free / 2**20:.0f} MiB")
+
+
+def check_batches(recipe: Recipe, data: Data) -> None:
+    """Refuses batches larger than the data, and fewer images than death is judged on."""
+    found = [
+        f"{stage}.batch_size: expected at most {len(data.train)}, the number of training images, "
+        f"found {options.batch_size}"
+        for stage, options in (("train", recipe.train), ("finetune", recipe.finetune))
+        if options.epochs and options.batch_size > len(data.train)
+    ]
+    if recipe.prune.observe.min_samples > len(data.train):
+        found.append(
+            f"prune.observe.min_samples: expected at most {len(data.train)}, the number of training images, "
+            f"found {recipe.prune.observe.min_samples}"
+        )
+    if found:
+        raise InputError(*found)
+
+
+def check_forward(model: nn.Module, example: Tensor, num_classes: int) -> None:
+    """Calls the model once: it must take the images and return one score per class.
+
+    Raises:
+        InputError: it does not.
+    """
+    try:
+        with kept_modes(model), torch.no_grad():
+            model.eval()
+            logits = model(example)
+    except Exception as error:  # whatever the user's network raises on these images
+        shape = "x".join(map(str, example.shape))
+        raise InputError(f"model: expected a network that takes images of {shape}, found {type(error).__name__}: {error}") from error
+    if not isinstance(logits, Tensor):
+        raise InputError(f"model: expected a tensor of class scores, found that it returns {type(logits).__name__}")
+    if logits.dim() != 2 or logits.shape[1] < num_classes:
+        raise InputError(f"model: expected scores of shape [N, {num_classes}], found {list(logits.shape)}")
+
+
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Checks everything about a recipe that can be known without reading images or training.
+
+    Raises:
+        InputError: all problems of the data and the model, or else of the target.
+    """
+    problems: list[str] = []
+    for check in (lambda: check_data(recipe.data), lambda: check_model(recipe.model), lambda: _check_score(recipe)):
+        try:
+            check()
+        except InputError as error:
+            problems += error.problems
+    if problems:
+        raise InputError(*problems)
+    classes, in_channels, image_size = data_shape(recipe.data)
+    model = build_model(recipe.model, classes, in_channels, image_size)
+    example = example_inputs(in_channels, image_size)
+    check_forward(model, example, classes)
+    check_target(model, example, recipe.prune.target.kind, recipe.prune.target.value, limits_of(recipe))
+
+
+def plan_recipe(recipe: Recipe, device: str = "auto", track: Track = _quiet) -> tuple[Plan, list[dict[str, Any]]]:
+    """What a recipe would remove from its model as it is now, in one step, and the layers before and after.
+
+    Raises:
+        InputError: as `run_recipe`.
+        TargetError: the target cannot be reached.
+    """
+    run = prepared(recipe, Path(os.devnull), pick_device(device), track)
+    importance = run.importance()
+    run.observe(importance)
+    target = recipe.prune.target
+    dense = baseline(run.model, run.example, keep_model=target.kind == "latency")
+    plan = plan_removal(
+        run.model, run.example, importance, target.kind, target.value,
+        scope=recipe.prune.scope, limits=run.limits, dense=dense,
+    )  # fmt: skip
+    prune_neurons(run.model, run.example, plan.removals)
+    return plan, report.layer_rows(dense.report, flop_report(run.model, run.example))
+
+
+def report_model(folder: Path, shape: str | None, allow_import: bool) -> tuple[dict[str, Any], list[str]]:
+    """FLOPs and parameters per layer of a saved model against the dense model it came from, with notes.
+
+    Args:
+        folder: written by `checkpoint.save_pruned`.
+        shape: "3x32x32", or None for what the builder says.
+        allow_import: see `checkpoint.load_pruned`.
+
+    Raises:
+        InputError: the folder holds no model, or the model does not take such images.
+    """
+    model = checkpoint.load_pruned(folder, allow_import)
+    builder = json.loads((folder / checkpoint.ARCHITECTURE).read_text())["builder"]
+    kwargs = builder["kwargs"]
+    given = shape or f"{kwargs.get('in_channels', 3)}x" + "x".join([str(kwargs.get("image_size", 224))] * 2)
+    try:
+        sizes = [int(side) for side in given.split("x")]
+    except ValueError:
+        sizes = []
+    if len(sizes) != 3 or min(sizes) < 1:
+        raise InputError(f"--input: expected CxHxW such as 3x224x224, found {given!r}")
+    example = torch.zeros(1, *sizes)
+    check_forward(model, example, 1)
+    dense, pruned = flop_report(rebuild(builder, allow_import), example), flop_report(model, example)
+    found = {
+        "builder": builder,
+        "dense": {"params": dense.params, "flops": dense.flops},
+        "pruned": {"params": pruned.params, "flops": pruned.flops},
+        "kept": {"params": pruned.params / dense.params, "flops": pruned.flops / dense.flops},
+        "layers": report.layer_rows(dense, pruned),
+        "unsupported_ops": pruned.unsupported_ops,
+    }
+    uncounted = ", ".join(pruned.unsupported_ops) or "nothing"
+    notes = [
+        f"Kept {100 * found['kept']['params']:.2f} % of the parameters and {100 * found['kept']['flops']:.2f} % of the "
+        f"FLOPs for an image of {given}.",
+        f"Not counted by fvcore: {uncounted}. {report.NOTE}",
+    ]
+    return found, notes
+
+
+def _check_score(recipe: Recipe) -> None:
+    if recipe.prune.score not in SCORES:
+        raise InputError(
+            f"prune.score: expected one of {', '.join(SCORES)}, found {recipe.prune.score!r}"
+            f"{did_you_mean(recipe.prune.score, SCORES)}"
+        )

@@ -1,0 +1,168 @@
+"""Training and evaluation of a classifier; reads from top to bottom."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .data import ImageSource, derive_seed
+from .schema import TrainOptions
+
+# Losses wait on the device for this many steps before anyone looks at them.
+_CHECK_EVERY = 50
+
+
+class DivergedError(RuntimeError):
+    """The loss became NaN or infinite; the message names epoch, step and learning rate."""
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What one epoch did.
+
+    Attributes:
+        loss: mean over its steps.
+        lr: learning rate of its last step.
+        images: how many were trained on.
+    """
+
+    loss: float
+    lr: float
+    images: int
+
+
+class Trainer:
+    """A model's optimizer and schedule over all epochs of one stage.
+
+    An epoch depends on the model, the optimizer, ``seed`` and its number alone, so that a run continued after any
+    epoch is the same run.
+
+    Args:
+        model: on its device.
+        images: training images on the same device.
+        options: of the recipe.
+        seed: of order and augmentation.
+        augment: names of augmentations.
+    """
+
+    def __init__(
+        self, model: nn.Module, images: ImageSource, options: TrainOptions, seed: int, augment: Iterable[str] = ()
+    ) -> None:
+        self.model, self.images, self.options, self.seed = model, images, options, seed
+        self.augment = tuple(augment)
+        self._last_lr = options.lr
+        self.steps_per_epoch = len(images) // options.batch_size
+        self.optimizer = _optimizer(model, options)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda step: lr_factor(options, step, self.steps_per_epoch * options.epochs)
+        )
+
+    def epoch(self, number: int, progress: Callable[[Iterable[Tensor], int], Iterable[Tensor]] | None = None) -> Epoch:
+        """Trains for one epoch.
+
+        Args:
+            number: 0 for the first; selects order and augmentation.
+            progress: wraps the steps for display.
+
+        Raises:
+            DivergedError: the loss is not finite.
+        """
+        self.model.train()
+        losses: list[Tensor] = []
+        total = 0.0
+        steps: Iterable[Tensor] = self._steps(number)
+        if progress is not None:
+            steps = progress(steps, self.steps_per_epoch)
+        for step, loss in enumerate(steps):
+            losses.append(loss)
+            if len(losses) == _CHECK_EVERY or step == self.steps_per_epoch - 1:
+                total += self._checked(losses, number, step)
+                losses.clear()
+        return Epoch(
+            total / self.steps_per_epoch, self._last_lr, self.steps_per_epoch * self.options.batch_size
+        )
+
+    def _steps(self, number: int) -> Iterable[Tensor]:
+        options = self.options
+        seed = derive_seed(self.seed, number)
+        for images, labels in self.images.batches(
+            options.batch_size, seed=seed, augment=self.augment, drop_last=True
+        ):
+            with torch.autocast(images.device.type, torch.bfloat16, enabled=options.amp):
+                logits = self.model(images)
+                loss = F.cross_entropy(logits.float(), labels, label_smoothing=options.label_smoothing)
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]
+            if options.clip_norm is not None:
+                nn.utils.clip_grad_norm_(self.model.parameters(), options.clip_norm)
+            self._last_lr = self.schedule.get_last_lr()[0]
+            self.optimizer.step()
+            self.schedule.step()
+            yield loss.detach()
+
+    def _checked(self, losses: list[Tensor], epoch: int, last_step: int) -> float:
+        values = torch.stack(losses).double().cpu()
+        bad = (~values.isfinite()).nonzero()
+        if len(bad):
+            step = last_step - len(losses) + 1 + int(bad[0])
+            raise DivergedError(
+                f"the loss became {float(values[bad[0]]):g} at epoch {epoch + 1}, step {step + 1} "
+                f"(learning rate {self._last_lr:.3g}): lower lr, or set clip_norm or warmup_epochs"
+            )
+        return float(values.sum())
+
+
+def lr_factor(options: TrainOptions, step: int, steps: int) -> float:
+    """Learning rate at a step as a share in [0, 1] of the highest.
+
+    Args:
+        options: schedule and warm-up.
+        step: 0 for the first.
+        steps: of the whole stage.
+    """
+    if options.schedule == "one_cycle":
+        peak = 0.3 * steps
+        if step < peak:
+            return 0.04 + 0.96 * 0.5 * (1 - math.cos(math.pi * step / peak))
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - peak) / max(1.0, steps - peak))))
+    warmup = round(options.warmup_epochs * steps / max(options.epochs, 1))
+    if step < warmup:
+        return (step + 1) / warmup
+    share = min(1.0, (step - warmup) / max(1, steps - warmup))
+    if options.schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * share))
+    return 1.0 - share if options.schedule == "linear" else 1.0
+
+
+def _optimizer(model: nn.Module, options: TrainOptions) -> torch.optim.Optimizer:
+    if options.optimizer == "sgd":
+        return torch.optim.SGD(
+            model.parameters(),
+            options.lr,
+            momentum=options.momentum,
+            nesterov=options.nesterov,
+            weight_decay=options.weight_decay,
+        )
+    kind = torch.optim.AdamW if options.optimizer == "adamw" else torch.optim.Adam
+    return kind(model.parameters(), options.lr, weight_decay=options.weight_decay)
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, images: ImageSource, batch_size: int = 500, amp: bool = False) -> float:
+    """Share of images classified right, in [0, 1], in eval mode; the mode is restored."""
+    training = model.training
+    model.eval()
+    right = torch.zeros((), dtype=torch.int64)
+    try:
+        for batch, labels in images.batches(batch_size):
+            with torch.autocast(batch.device.type, torch.bfloat16, enabled=amp):
+                logits = model(batch)
+            right = right.to(batch.device) + (logits.argmax(1) == labels).sum()
+    finally:
+        model.train(training)
+    return int(right) / len(images)

@@ -1,0 +1,178 @@
+"""Saving and loading without pickle: equal to the bit in a new process, and nothing in a file runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from dnr_plugin.checkpoint import (
+    atomic_write,
+    build,
+    describe,
+    load_checkpoint_state,
+    load_pruned,
+    save_checkpoint,
+    save_pruned,
+)
+from dnr_plugin.errors import InputError
+from dnr_plugin.models import build_model
+from dnr_plugin.removal import Limits, plan_removal, prune_neurons
+from dnr_plugin.schema import ModelOptions
+
+
+def _pruned(model: nn.Module, size: int = 32) -> nn.Module:
+    """Half of the neurons removed by the weights' magnitude."""
+    import torch_pruning as tp
+
+    example = torch.randn(1, 3, size, size)
+    magnitude = tp.importance.MagnitudeImportance(p=1)
+    plan = plan_removal(model, example, magnitude, "neuron_sparsity", 0.4, limits=Limits(max_pruning_ratio=0.7))
+    prune_neurons(model, example, plan.removals)
+    return model.eval()
+
+
+LOAD = """
+import sys, torch
+from dnr_plugin import load_pruned
+model = load_pruned(sys.argv[1])
+torch.manual_seed(0)
+size = int(sys.argv[3])
+torch.save(model(torch.randn(2, 3, size, size)), sys.argv[2])
+"""
+
+
+@pytest.mark.parametrize(
+    ("options", "size"),
+    [
+        ({"name": "resnet18", "width": 8}, 32),
+        ({"name": "vgg16_bn", "width": 8}, 32),
+        ({"name": "mlp", "hidden": [20, 10]}, 32),
+        ({"name": "torchvision.mobilenet_v2"}, 64),
+        ({"name": "torchvision.densenet121"}, 64),
+        ({"name": "torchvision.resnext50_32x4d"}, 64),
+        ({"name": "torchvision.convnext_tiny"}, 64),
+    ],
+    ids=lambda value: value["name"] if isinstance(value, dict) else str(value),
+)
+def test_reloaded_in_a_new_process_outputs_are_equal_to_the_bit(
+    tmp_path: Path, options: dict[str, Any], size: int
+) -> None:
+    torch.manual_seed(1)
+    model = _pruned(build_model(ModelOptions(**options), 10), size)
+    save_pruned(model, tmp_path / "saved")
+    subprocess.run([sys.executable, "-c", LOAD, tmp_path / "saved", tmp_path / "out.pt", str(size)], check=True)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        expected = model(torch.randn(2, 3, size, size))
+    assert torch.equal(torch.load(tmp_path / "out.pt"), expected)
+    assert sorted(path.name for path in (tmp_path / "saved").iterdir()) == ["architecture.json", "model.safetensors"]
+
+
+def test_an_imported_model_needs_its_builder_named(tmp_path: Path) -> None:
+    model = _pruned(torchvision.models.resnet18(num_classes=7), 64)
+    with pytest.raises(ValueError, match="builder: expected"):
+        save_pruned(model, tmp_path)
+    with pytest.raises(ValueError, match=r"torchvision.resnet34 makes another model: 'layer1.2' differ|differ"):
+        save_pruned(model, tmp_path, {"name": "torchvision.resnet34", "kwargs": {"num_classes": 7}})
+    assert not any(tmp_path.iterdir())
+    save_pruned(model, tmp_path, {"name": "torchvision.resnet18", "kwargs": {"num_classes": 7}})
+    images = torch.randn(2, 3, 64, 64)
+    assert torch.equal(load_pruned(tmp_path)(images), model(images))
+
+
+def test_a_builder_of_ones_own_is_imported_only_on_demand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from torch import nn\n"
+        "def net(num_classes):\n"
+        "    return nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 36, num_classes))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    model = _pruned(build_model(ModelOptions(name="mine:net"), 4, image_size=8), 8)
+    save_pruned(model, tmp_path / "saved")
+    with pytest.raises(InputError, match="allow_import"):
+        load_pruned(tmp_path / "saved")
+    images = torch.randn(2, 3, 8, 8)
+    assert torch.equal(load_pruned(tmp_path / "saved", allow_import=True)(images), model(images))
+
+
+def test_modes_flags_and_buffers_survive(tmp_path: Path) -> None:
+    model = build_model(ModelOptions(name="resnet20", width=4), 5)
+    model.train()(torch.randn(8, 3, 32, 32))
+    save_pruned(_pruned(model), tmp_path)
+    loaded = load_pruned(tmp_path)
+    assert not loaded.training
+    assert int(loaded.state_dict()["bn1.num_batches_tracked"]) == 1
+    for (name, old), (_, new) in zip(model.named_modules(), loaded.named_modules(), strict=True):
+        assert repr(old) == repr(new), name
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: (folder / "model.safetensors").unlink(), "found no model.safetensors"),
+        (lambda folder: (folder / "architecture.json").unlink(), "found no architecture.json"),
+        (lambda folder: (folder / "architecture.json").write_text("{"), "found damage"),
+        (lambda folder: (folder / "architecture.json").write_text("[]"), "expected a mapping, found list"),
+        (lambda folder: (folder / "architecture.json").write_text("{}"), "expected a description of format 1"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"\x00" * 5), "found damage"),
+        (lambda folder: _edit(folder, lambda a: a["tensors"]["conv1.weight"].update(shape=[1, 3, 3, 3])), "does not fit"),
+        (lambda folder: _edit(folder, lambda a: a["modules"].update(nowhere={"in_channels": 3})), "does not fit"),
+        (lambda folder: _edit(folder, lambda a: a["tensors"]["conv1.weight"].update(dtype="nn")), "does not fit"),
+        (lambda folder: _edit(folder, lambda a: a["builder"].update(name="os:system")), "would run its code"),
+    ],
+)
+def test_damaged_files_are_refused_in_one_line(tmp_path: Path, damage: Any, message: str) -> None:
+    save_pruned(build_model(ModelOptions(name="resnet20", width=4), 5), tmp_path)
+    damage(tmp_path)
+    with pytest.raises(InputError, match=message) as caught:
+        load_pruned(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def _edit(folder: Path, change: Any) -> None:
+    architecture = json.loads((folder / "architecture.json").read_text())
+    change(architecture)
+    (folder / "architecture.json").write_text(json.dumps(architecture))
+
+
+def test_describing_and_building_again_is_the_identity() -> None:
+    model = _pruned(build_model(ModelOptions(name="resnet18", width=8), 10))
+    architecture = json.loads(json.dumps(describe(model)))
+    assert describe(build(architecture)) == architecture
+
+
+def test_a_checkpoint_runs_no_code(tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> tuple[Any, tuple[str]]:
+            return os.system, (f"touch {tmp_path / 'ran'}",)
+
+    torch.save({"stage": Evil()}, tmp_path / "checkpoint.pt")
+    with pytest.raises(InputError, match="damaged"):
+        load_checkpoint_state(tmp_path / "checkpoint.pt")
+    assert not (tmp_path / "ran").exists()
+    save_checkpoint({"stage": "train", "x": torch.ones(2)}, tmp_path / "checkpoint.pt")
+    assert load_checkpoint_state(tmp_path / "checkpoint.pt")["stage"] == "train"
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_rubbish(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("old")
+
+    def fail() -> None:
+        with atomic_write(file) as stream:
+            stream.write("new, but not all of it")
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        fail()
+    assert file.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [file]

@@ -1,0 +1,288 @@
+"""The whole run: its folder, its report, its target, and that a killed run resumed is the run that was not killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dnr_plugin import load_pruned, run
+from dnr_plugin.errors import InputError
+from dnr_plugin.measure import flop_report
+from dnr_plugin.recipe import load_recipe
+from dnr_plugin.run import run_recipe
+
+CONTRACT = {
+    "": {"name", "seed", "recipe", "device", "versions", "seconds", "dense", "pruned", "sparsity", "kept", "target",
+         "dead", "reactivated", "exact_removal", "layers", "skipped", "unsupported_ops"},
+    "seconds": {"train", "prune", "finetune", "total"},
+    "dense": {"params", "flops", "accuracy"},
+    "pruned": {"params", "flops", "accuracy", "accuracy_before_finetune"},
+    "sparsity": {"neuron", "weight"},
+    "kept": {"params", "flops"},
+    "target": {"kind", "requested", "achieved"},
+    "dead": {"neurons", "of"},
+    "exact_removal": {"neurons", "max_abs_diff"},
+}  # fmt: skip
+LAYER = {"name", "type", "channels_before", "channels_after", "params_before", "params_after", "flops_before",
+         "flops_after"}  # fmt: skip
+
+
+def test_a_run_leaves_what_the_contract_says(tiny: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    report = run_recipe(load_recipe(tiny), folder)
+    assert json.loads((folder / "report.json").read_text()) == report
+    assert {path.name for path in folder.iterdir()} == {
+        "recipe.yaml", "report.json", "report.md", "report.html", "events.jsonl", "model.safetensors",
+        "architecture.json", "plots",
+    }  # fmt: skip
+    assert {path.name for path in (folder / "plots").iterdir()} == {"channels.png", "accuracy.png"}
+    for section, keys in CONTRACT.items():
+        assert keys <= set(report[section] if section else report), section
+    assert all(set(layer) == LAYER for layer in report["layers"])
+    assert load_recipe(folder / "recipe.yaml") == load_recipe(tiny)
+
+    # the figures, computed again from what was saved
+    model = load_pruned(folder)
+    counted = flop_report(model, torch.randn(1, 3, 16, 16))
+    assert report["pruned"]["flops"] == counted.flops == sum(layer["flops_after"] for layer in report["layers"])
+    assert report["pruned"]["params"] == counted.params == sum(layer["params_after"] for layer in report["layers"])
+    assert report["dense"]["flops"] == sum(layer["flops_before"] for layer in report["layers"])
+    assert report["kept"]["flops"] == counted.flops / report["dense"]["flops"]
+    assert report["target"]["achieved"] == pytest.approx(report["kept"]["flops"])
+    assert 0.47 < report["kept"]["flops"] <= 0.5
+    roots = {"conv1", "layer1.0.conv1", "layer1.1.conv1"}
+    assert roots & {event["layer"] for event in _events(folder) if event["event"] == "removed"}
+    assert report["skipped"] == [{"layer": "fc", "reason": "its outputs are the model's outputs"}]
+    html = (folder / "report.html").read_text()
+    assert html.count("data:image/png;base64,") == 2
+    assert "http" not in html.split("base64")[0]
+
+
+def _events(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "kind"),
+    [
+        (["prune.target={params: 0.5}"], "params"),
+        (["prune.target={neuron_sparsity: 0.3}", "prune.steps=3"], "neuron_sparsity"),
+        (["prune.target={weight_sparsity: 0.6}", "prune.scope=global"], "weight_sparsity"),
+        (["prune.target={flops: 0.5}", "prune.scope=isomorphic", "prune.round_to=2"], "flops"),
+        (["prune.target={dead: true}", "prune.observe.threshold=0.5"], "dead"),
+        (["prune.target={latency: 0.95}", "prune.max_pruning_ratio=0.95"], "latency"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_each_target_runs_to_the_end(tiny: Path, tmp_path: Path, overrides: list[str], kind: str) -> None:
+    short = ["train.epochs=1", "finetune.epochs=0", "data.train_size=96", "model.width=6"]
+    report = run_recipe(load_recipe(tiny, [*short, *overrides]), tmp_path / "run")
+    target = report["target"]
+    assert target["kind"] == kind
+    if kind in ("params", "flops"):
+        assert target["achieved"] == pytest.approx(report["kept"][kind])
+        assert target["achieved"] <= target["requested"]
+    elif kind != "latency":
+        share = report["sparsity"]["weight" if kind == "weight_sparsity" else "neuron"]
+        assert target["achieved"] == pytest.approx(share)
+    if kind == "dead":
+        assert target["requested"] is True
+    elif kind != "latency":
+        assert target["reached"]
+    assert report["pruned"]["accuracy"] == report["pruned"]["accuracy_before_finetune"]
+
+
+class Killed(Exception):
+    pass
+
+
+def _stopping_after(calls: int) -> run.Track:
+    """Stops a run at some step of some epoch, or while it observes."""
+    left = [calls]
+
+    def track(items: Iterable[Any], total: int, what: str) -> Iterable[Any]:
+        for item in items:
+            left[0] -= 1
+            if left[0] < 0:
+                raise Killed(what)
+            yield item
+
+    return track
+
+
+def _lasting(folder: Path) -> tuple[Any, Any, dict[str, torch.Tensor]]:
+    """Report and events without timings, and the weights."""
+    report = json.loads((folder / "report.json").read_text())
+    for timed in ("seconds", "latency"):
+        del report[timed]
+    events = _events(folder)
+    for event in events:
+        event.pop("seconds", None)
+    return report, events, load_pruned(folder).state_dict()
+
+
+def test_a_run_stopped_anywhere_and_resumed_is_the_same_run(tiny: Path, tmp_path: Path) -> None:
+    """12 training steps, 1 of observing, 1 of recalibrating, 12 of fine-tuning."""
+    recipe = load_recipe(tiny)
+    run_recipe(recipe, tmp_path / "straight")
+    expected = _lasting(tmp_path / "straight")
+    for calls in (0, 9, 12, 15, 19):
+        folder = tmp_path / f"stopped{calls}"
+        with pytest.raises(Killed):
+            run_recipe(recipe, folder, track=_stopping_after(calls))
+        run_recipe(recipe, folder, resume=True)
+        report, events, weights = _lasting(folder)
+        assert report == expected[0], calls
+        assert events == expected[1], calls
+        assert all(torch.equal(weights[name], expected[2][name]) for name in expected[2]), calls
+
+
+def test_a_run_killed_for_real_loses_nothing(tiny: Path, tmp_path: Path) -> None:
+    """SIGKILL in the middle of fine-tuning, then --resume from the command line."""
+    common = [sys.executable, "-m", "dnr_plugin", "run", str(tiny), "--device", "cpu", "--output"]
+    subprocess.run([*common, str(tmp_path / "straight")], check=True, capture_output=True)
+    folder = tmp_path / "killed"
+    process = subprocess.Popen([*common, str(folder)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    events = folder / "events.jsonl"
+    end = time.time() + 120
+    while not (events.is_file() and '"finetune"' in events.read_text()) and process.poll() is None:
+        assert time.time() < end
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    subprocess.run([*common, str(folder), "--resume"], check=True, capture_output=True)
+    straight, resumed = _lasting(tmp_path / "straight"), _lasting(folder)
+    assert resumed[:2] == straight[:2]
+    assert all(torch.equal(resumed[2][name], straight[2][name]) for name in straight[2])
+
+
+def test_a_finished_run_is_only_read_again(tiny: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(tiny, ["train.epochs=0", "finetune.epochs=0"])
+    report = run_recipe(recipe, tmp_path / "run")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    assert run_recipe(recipe, tmp_path / "run", resume=True) == report
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == before
+
+
+def test_folders_that_are_not_this_runs_are_refused(tiny: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(tiny, ["train.epochs=0", "finetune.epochs=0"])
+    folder = tmp_path / "run"
+    run_recipe(recipe, folder)
+    with pytest.raises(InputError, match="holds a run of this recipe already: add --resume"):
+        run_recipe(recipe, folder)
+    other = load_recipe(tiny, ["train.epochs=0", "finetune.epochs=0", "seed=1", "model.width=4"])
+    with pytest.raises(InputError, match=r"another recipe \(there, here\): .*seed: 0, 1; model.width: 8, 4"):
+        run_recipe(other, folder, resume=True)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("precious")
+    with pytest.raises(InputError, match="with other files in it"):
+        run_recipe(recipe, tmp_path / "mine")
+    with pytest.raises(InputError, match="expected a folder, found the file"):
+        run_recipe(recipe, tiny)
+
+
+def test_a_folder_that_cannot_be_written_is_refused(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Access rights do not bind root, so the answer of the system is replaced."""
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(InputError, match="expected a folder that can be written to"):
+        run_recipe(load_recipe(tiny), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_disk_that_is_full_is_refused(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 2**20})())
+    with pytest.raises(InputError, match=r"expected \d+ MiB free for .*, found 1 MiB"):
+        run_recipe(load_recipe(tiny), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_disk_that_fills_up_ends_the_run_in_one_line_and_loses_nothing(tiny: Path, tmp_path: Path) -> None:
+    """A limit on the size of files stands in for the disk; lifted, the run goes on."""
+    folder = tmp_path / "run"
+    command = [sys.executable, "-m", "dnr_plugin", "run", str(tiny), "--output", str(folder)]
+    size = 100 * 1024
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+    failed = subprocess.run(command, preexec_fn=limit, capture_output=True, text=True)
+    assert failed.returncode == 1
+    assert failed.stderr.count("\n") == 1
+    assert "File too large" in failed.stderr
+    assert "--resume" in failed.stderr
+    assert not list(folder.glob(".checkpoint*"))
+    resumed = subprocess.run([*command, "--resume"], capture_output=True, text=True)
+    assert resumed.returncode == 0, resumed.stderr
+
+
+def test_a_target_missed_is_saved_and_told(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What only shows at the step itself: here every layer but one turns out to have no observed consumer."""
+    from dnr_plugin.cli import main
+    from dnr_plugin.importance import DyingNeuronImportance
+
+    whole = DyingNeuronImportance.evidence
+
+    def partly(self: Any, group: Any) -> Any:
+        root = self._root(group)
+        if root != "layer4.1.conv1":
+            self.skipped[root] = "not observed"
+            return []
+        return whole(self, group)
+
+    monkeypatch.setattr(DyingNeuronImportance, "evidence", partly)
+    code = main(["run", str(tiny), "--output", str(tmp_path / "run"), "--set", "train.epochs=0", "--set", "finetune.epochs=0"])
+    assert code == 3
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["target"]["reached"] is False
+    assert 0.8 < report["target"]["achieved"] == pytest.approx(report["kept"]["flops"])
+    message = capsys.readouterr().err
+    assert message.startswith("dnr: flops: 0.5 was asked, 0.")
+    assert load_pruned(tmp_path / "run")(torch.randn(2, 3, 16, 16)).shape == (2, 10)
+
+
+def test_a_loss_that_turns_nan_stops_the_run_and_keeps_the_last_checkpoint(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from dnr_plugin.cli import main
+
+    command = ["run", str(tiny), "--output", str(tmp_path / "run"), "--set", "finetune.lr=1e30"]
+    assert main([*command, "--set", "finetune.schedule=constant"]) == 1
+    message = capsys.readouterr().err
+    assert message.startswith("dnr: the loss became ")
+    assert "epoch 1, step 2" in message
+    assert (tmp_path / "run" / "checkpoint.pt").is_file()
+
+
+@pytest.mark.slow
+def test_cifar10_from_the_recipe_reaches_half_the_flops(cifar10: Path, tmp_path: Path) -> None:
+    """The shipped recipe, small: learns something and loses little by the removal."""
+    from dnr_plugin.recipe import shipped_recipes
+
+    small = ["model.width=8", "data.train_size=5000", "data.test_size=1000", "train.epochs=4", "finetune.epochs=3"]
+    overrides = [f"data.root={cifar10}", "train.amp=false", "finetune.amp=false", *small]
+    report = run_recipe(load_recipe(shipped_recipes()["cifar10/resnet18-flops50"], overrides), tmp_path / "run")
+    assert report["kept"]["flops"] <= 0.5
+    assert report["dense"]["accuracy"] > 0.35
+    assert report["pruned"]["accuracy"] > report["dense"]["accuracy"] - 0.05
+
+
+@pytest.mark.gpu
+def test_a_run_on_cuda(tiny: Path, tmp_path: Path) -> None:
+    report = run_recipe(load_recipe(tiny, ["train.amp=true"]), tmp_path / "run", device="cuda")
+    assert report["kept"]["flops"] <= 0.5
+    assert load_pruned(tmp_path / "run")(torch.randn(2, 3, 16, 16)).shape == (2, 10)
