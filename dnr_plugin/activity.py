@@ -165,9 +165,10 @@ class Activity:
         batch = Activity.__new__(Activity)
         batch.threshold, batch.share, batch.bins, batch.stride = self.threshold, self.share, self.bins, self.stride
         # compared in float32 like the sampled share: a bfloat16 comparison would round the threshold
-        top, bottom = a.amax(2).float(), a.amin(2).float()  # [N, C]
-        sampled = a[:: self.stride].float()
-        exact = sampled.double()
+        wide = torch.float64 if a.dtype is torch.float64 else torch.float32
+        top, bottom = a.amax(2).to(wide), a.amin(2).to(wide)  # [N, C]
+        picked = a[:: self.stride]
+        sampled, exact = picked.float(), picked.double()
         batch.samples = a.shape[0]
         batch.values = sampled.shape[0] * sampled.shape[2]
         batch.fired_samples = (top > self.threshold).sum(0)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
-from itertools import islice
+from collections.abc import Iterable, Sequence, Sized
 from typing import Any
 
 import torch
@@ -31,21 +30,24 @@ def recalibrate_batchnorm(model: nn.Module, loader: Iterable[Any], batches: int 
     Args:
         model: any network; a model without BatchNorm is left as it is.
         loader: batches of inputs, or of (input, target) pairs, on the model's device.
-        batches: how many to take; all by default.
+        batches: how many to take; by default all, for which a loader without a length is read into memory.
 
     Returns:
         Number of batches used.
 
     Raises:
         ValueError: the loader holds no batch.
+        AssertionError: it holds fewer than ``batches``, or a BatchNorm layer is used twice (fvcore's check).
     """
     from fvcore.nn.precise_bn import BN_MODULE_TYPES, update_bn_stats
 
     layers = [m for m in model.modules() if isinstance(m, BN_MODULE_TYPES) and m.track_running_stats]
     if not layers:
         return 0
-    used = [batch_inputs(batch) for batch in islice(loader, batches)]
-    if not used:
+    if batches is None:
+        loader = loader if isinstance(loader, Sized) else list(loader)
+        batches = len(loader)
+    if batches < 1:
         raise ValueError("recalibrate_batchnorm: expected at least one batch, found none")
     before = [(layer.momentum, copy.deepcopy(layer.state_dict()), set(layer._forward_pre_hooks)) for layer in layers]
     unreached = layers
@@ -54,7 +56,7 @@ def recalibrate_batchnorm(model: nn.Module, loader: Iterable[Any], batches: int 
         for layer in layers:
             layer.train()
         try:
-            update_bn_stats(model, used, len(used))
+            update_bn_stats(model, map(batch_inputs, loader), batches)
             unreached = [
                 layer for layer, (_, state, _) in zip(layers, before, strict=True)
                 if torch.equal(layer.num_batches_tracked, state["num_batches_tracked"])
@@ -67,7 +69,7 @@ def recalibrate_batchnorm(model: nn.Module, loader: Iterable[Any], batches: int 
                 if layer in unreached:
                     layer.load_state_dict(state)
                 layer.running_var.clamp_min_(0.0)  # a constant's variance comes out as a difference of large squares
-    return len(used)
+    return batches
 
 
 def fold_means(graph: tp.DependencyGraph, evidence: Sequence[Evidence]) -> list[tuple[str, str, bool]]:

@@ -20,7 +20,9 @@ from .run import device_name, pick_device, placed, versions
 from .schema import ModelOptions
 
 
-def overhead(*, width: int = 64, batch: int = 16, rounds: int = 15, device: str = "auto", seed: int = 0) -> dict[str, Any]:
+def overhead(
+    *, width: int = 64, batch: int = 16, rounds: int = 15, device: str = "auto", seed: int = 0
+) -> dict[str, Any]:
     """What observing adds to a training step and scoring to a pruning step, on ResNet-18 at 32x32.
 
     Training steps with and without an open observer alternate, and so do the criteria, so that a drift of the
@@ -76,7 +78,9 @@ def overhead(*, width: int = 64, batch: int = 16, rounds: int = 15, device: str 
     magnitude = tp.importance.MagnitudeImportance()
     graph = tp.DependencyGraph().build_dependency(copy.deepcopy(model), images[:1])
     groups = list(graph.get_all_groups())
-    theirs, ours = pairs(lambda: [magnitude(group) for group in groups], lambda: [importance(group) for group in groups])
+    theirs, ours = pairs(
+        lambda: [magnitude(group) for group in groups], lambda: [importance(group) for group in groups]
+    )
 
     step_ratio, score_ratio = _ratio(observed, plain), _ratio(ours, theirs)
     where = f"{device_name(place)}, torch {versions()['torch']}, seed {seed}, n = {rounds} pairs"
@@ -85,14 +89,17 @@ def overhead(*, width: int = 64, batch: int = 16, rounds: int = 15, device: str 
         "batch": batch,
         "training_step_ms": {"plain": 1e3 * statistics.median(plain), "observed": 1e3 * statistics.median(observed)},
         "observing_ratio": step_ratio,
-        "scoring_ms": {"MagnitudeImportance": 1e3 * statistics.median(theirs), "DyingNeuronImportance": 1e3 * statistics.median(ours)},
+        "scoring_ms": {
+            "MagnitudeImportance": 1e3 * statistics.median(theirs),
+            "DyingNeuronImportance": 1e3 * statistics.median(ours),
+        },
         "scoring_ratio": score_ratio,
         "statistics_bytes": {"after_one_batch": sizes[0], f"after_{len(sizes)}_batches": sizes[-1]},
         "where": where,
         "lines": [
             f"ResNet-18, width {width}, batch {batch}, 32x32; {where}",
-            f"training step: {1e3 * statistics.median(plain):.1f} ms plain, {1e3 * statistics.median(observed):.1f} ms with "
-            f"every batch observed: x{step_ratio:.3f} (median of pairs)",
+            f"training step: {1e3 * statistics.median(plain):.1f} ms plain, {1e3 * statistics.median(observed):.1f} ms "
+            f"with every batch observed: x{step_ratio:.3f} (median of pairs)",
             f"scoring all {len(groups)} groups: MagnitudeImportance {1e3 * statistics.median(theirs):.1f} ms, "
             f"DyingNeuronImportance {1e3 * statistics.median(ours):.1f} ms: x{score_ratio:.2f}",
             f"statistics: {sizes[0] / 2**10:.0f} KiB after one batch, {sizes[-1] / 2**10:.0f} KiB after {len(sizes)}",
@@ -108,5 +115,3 @@ def _bytes(observer: Observer) -> int:
     """Memory of the statistics: all tensors of all activities."""
     held = [value for activity in observer.activities.values() for value in vars(activity).values()]
     return sum(value.numel() * value.element_size() for value in held if isinstance(value, Tensor))
-
-

@@ -99,7 +99,9 @@ def build(architecture: Mapping[str, Any], allow_import: bool = False) -> nn.Mod
     from .models import rebuild
 
     if architecture.get("format") != FORMAT or not isinstance(architecture.get("tensors"), dict):
-        raise InputError(f"{ARCHITECTURE}: expected a description of format {FORMAT}, found {architecture.get('format')}")
+        raise InputError(
+            f"{ARCHITECTURE}: expected a description of format {FORMAT}, found {architecture.get('format')}"
+        )
     model = rebuild(architecture["builder"], allow_import)
     modules = dict(model.named_modules())
     try:
@@ -114,9 +116,7 @@ def build(architecture: Mapping[str, Any], allow_import: bool = False) -> nn.Mod
     return model
 
 
-def save_pruned(
-    model: nn.Module, folder: str | os.PathLike[str], builder: Mapping[str, Any] | None = None
-) -> None:
+def save_pruned(model: nn.Module, folder: str | os.PathLike[str], builder: Mapping[str, Any] | None = None) -> None:
     """Writes a model as ``model.safetensors`` and ``architecture.json``; no pickle.
 
     Args:
@@ -182,7 +182,7 @@ def _load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
     """Attributes that are plain values or sequences of them, such as ``in_channels`` and ``normalized_shape``."""
-    found = {}
+    found: dict[str, Any] = {}
     for key, value in vars(module).items():
         if key.startswith("_") or key in ("training", "dnr_builder"):
             continue
@@ -223,7 +223,9 @@ def load_checkpoint_state(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         state = torch.load(path, weights_only=True, map_location="cpu")
     except Exception as error:  # damage shows as a dozen types
-        raise InputError(f"{path}: expected the checkpoint of a run, found a damaged file ({type(error).__name__})") from error
+        raise InputError(
+            f"{path}: expected the checkpoint of a run, found a damaged file ({type(error).__name__})"
+        ) from error
     if not isinstance(state, dict):
         raise InputError(f"{path}: expected the checkpoint of a run, found {type(state).__name__}")
     return state

@@ -218,7 +218,9 @@ def _report(arguments: argparse.Namespace) -> int:
             tables = [report.summary_table(found), report.layer_table(found["layers"], "layers")]
             notes, text = report.facts(found), report.markdown(found)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{folder / 'report.json'}: expected the report of a run, found damage: {error!r}") from error
+            raise InputError(
+                f"{folder / 'report.json'}: expected the report of a run, found damage: {error!r}"
+            ) from error
     else:
         from .run import report_model
 
@@ -270,5 +272,3 @@ def _bench(arguments: argparse.Namespace) -> int:
         for line in found["lines"]:
             print(line)
     return DONE
-
-

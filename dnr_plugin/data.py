@@ -500,7 +500,7 @@ class _Decoder(Dataset[Any]):
         try:
             with Image.open(path) as image:
                 rgb = image.convert("RGB")
-        except Exception as error:  # noqa: BLE001 (PIL raises OSError, SyntaxError, ValueError, ... on damaged files)
+        except Exception as error:
             return f"data.root: expected an image, cannot read {path}: {_line(error)}"
         with torch.random.fork_rng(devices=[]):
             # Not torch.manual_seed, which would seed the GPUs of the calling process too.

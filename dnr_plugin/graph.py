@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -124,11 +125,11 @@ def channel_groups(group: tp.dependency.Group) -> int:
     for dep, _ in group:
         module = dep.target.module
         if isinstance(module, nn.modules.conv._ConvNd) and not is_depthwise(module):
-            blocks = max(blocks, module.groups)
+            blocks = math.lcm(blocks, module.groups)
         elif isinstance(module, nn.GroupNorm):
-            blocks = max(blocks, module.num_groups)
+            blocks = math.lcm(blocks, module.num_groups)
         elif isinstance(module, nn.MultiheadAttention):
-            blocks = max(blocks, module.num_heads)
+            blocks = math.lcm(blocks, module.num_heads)
     return blocks
 
 

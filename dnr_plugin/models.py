@@ -380,7 +380,8 @@ def _state_dict(content: Any, path: Path) -> dict[str, Tensor]:
     else:
         what = f"a {type(content).__name__}"
     raise InputError(
-        f"model.checkpoint: {path}: expected a state_dict, or a dict with one under state_dict, model or net, found {what}"
+        f"model.checkpoint: {path}: expected a state_dict, or a dict with one under state_dict, model or net, "
+        f"found {what}"
     )
 
 
@@ -469,7 +470,7 @@ def _build_torchvision(name: str, kwargs: Mapping[str, Any]) -> nn.Module:
 
 @contextmanager
 def _importable_here() -> Iterator[None]:
-    """The current directory first on the import path, as under ``python -m``; the ``dnr`` command does not put it there."""
+    """The current directory first on the import path, as under ``python -m``; ``dnr`` does not put it there."""
     here = os.getcwd()
     sys.path.insert(0, here)
     importlib.invalidate_caches()

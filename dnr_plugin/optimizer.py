@@ -7,12 +7,35 @@ tensors that no layer uses any more: training stands still without an error.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-_CODES = {4: torch.int32, 8: torch.int64}
+# Dimension of a parameter -> the indices that were kept of it.
+Kept = dict[int, Tensor]
+
+
+class _Selections(TorchFunctionMode):
+    """Notes what `torch.index_select`, by which Torch-Pruning shrinks everything, keeps of certain tensors."""
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        super().__init__()
+        # by address: a Parameter shares it with the tensor it was made from; both are held here, so none is reused
+        self.known: dict[int, tuple[Tensor, Tensor, Kept]] = {p.data_ptr(): (p, p, {}) for p in parameters}
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in (torch.index_select, Tensor.index_select) and not kwargs and args[0].data_ptr() in self.known:
+            _, source, before = self.known[args[0].data_ptr()]
+            dim, indices = args[1] % args[0].dim(), args[2]
+            kept = {**before, dim: before[dim][indices] if dim in before else indices}
+            self.known[result.data_ptr()] = (result, source, kept)
+        return result
 
 
 @contextlib.contextmanager
@@ -22,53 +45,40 @@ def follow_optimizer(optimizer: torch.optim.Optimizer | None, model: nn.Module) 
     Momentum, Adam moments and gradients are sliced exactly as the parameters are, ``requires_grad`` is kept, parameter
     groups keep their options and order, and learning rate schedulers, which hold the optimizer, go on.
 
-    Works with whatever slices a parameter's gradient along with the parameter, as Torch-Pruning does: each gradient
-    carries, during the context, the position of every element, so that afterwards it tells what was kept.
+    Works with whatever shrinks parameters by ``torch.index_select``, as Torch-Pruning does.
 
     Args:
         optimizer: any torch optimizer whose state tensors have a parameter's shape or a single element; None to keep
-            only gradients and flags.
+            only the flags.
         model: the network that is pruned inside.
 
-    Gradients are not to be read inside: a criterion that needs them, such as Taylor's, has to score its groups before.
-
     Raises:
-        ValueError: before anything is changed: a parameter is of a type that cannot carry positions (16 bits), or a
-            state tensor has a shape of its own, as in factored optimizers.
-        RuntimeError: parameters were changed inside by something other than taking away channels.
+        ValueError: before anything is changed: a state tensor has a shape of its own, as in factored optimizers.
+        RuntimeError: a parameter was replaced inside by something other than a prune of it.
 
     Example:
         >>> with follow_optimizer(optimizer, model):
         ...     pruner.step()
     """
     before = dict(model.named_parameters())
-    gradients = {name: parameter.grad for name, parameter in before.items()}
     if optimizer is not None:
         _check(optimizer, before)
-    positions = [_positions(parameter) for parameter in before.values()]
-    for parameter, numbers in zip(before.values(), positions, strict=True):
-        parameter.grad = numbers
+    selections = _Selections(list(before.values()))
     try:
-        yield
+        with selections:
+            yield
     finally:
         after = dict(model.named_parameters())
         foreign: list[str] = []
-        replaced: dict[Tensor, tuple[nn.Parameter, Tensor]] = {}
+        replaced: dict[Tensor, tuple[nn.Parameter, Kept]] = {}
         for name, old in before.items():
-            new, carried = after.get(name), None
-            if new is not None:
-                carried, new.grad = new.grad, None
-            old.grad = None
+            new = after.get(name)
             if new is None or new is old:
-                old.grad = gradients[name]
                 continue
-            if carried is None or carried.shape != new.shape:
+            _, source, kept = selections.known.get(new.data_ptr(), (None, None, {}))
+            if source is not old or new.shape != _selected(old.detach(), kept).shape:
                 foreign.append(name)
                 continue
-            kept = carried.flatten().view(_CODES[carried.element_size()]).long()
-            gradient = gradients[name]
-            if gradient is not None:
-                new.grad = gradient.flatten()[kept].view(new.shape)
             new.requires_grad_(old.requires_grad)
             replaced[old] = (new, kept)
         if optimizer is not None:
@@ -79,13 +89,10 @@ def follow_optimizer(optimizer: torch.optim.Optimizer | None, model: nn.Module) 
             )
 
 
-def _positions(parameter: nn.Parameter) -> Tensor:
-    """0, 1, 2, ... as bit patterns in a tensor of the parameter's own type and shape, as a gradient must be."""
-    codes = _CODES.get(parameter.element_size())
-    if codes is None or not parameter.is_floating_point():
-        raise ValueError(f"expected float32 or float64 parameters, found {parameter.dtype}")
-    numbers = torch.arange(parameter.numel(), dtype=codes, device=parameter.device)
-    return numbers.view(parameter.dtype).view(parameter.shape)
+def _selected(value: Tensor, kept: Kept) -> Tensor:
+    for dim, indices in kept.items():
+        value = value.index_select(dim, indices.to(value.device))
+    return value
 
 
 def _check(optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter]) -> None:
@@ -98,13 +105,13 @@ def _check(optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter]
                 )
 
 
-def _replace(optimizer: torch.optim.Optimizer, replaced: dict[Tensor, tuple[nn.Parameter, Tensor]]) -> None:
+def _replace(optimizer: torch.optim.Optimizer, replaced: dict[Tensor, tuple[nn.Parameter, Kept]]) -> None:
     for group in optimizer.param_groups:
         group["params"] = [replaced[p][0] if p in replaced else p for p in group["params"]]
     for old, (new, kept) in replaced.items():
         if old in optimizer.state:
             optimizer.state[new] = {
-                key: value.flatten()[kept].view(new.shape)
+                key: _selected(value, kept)
                 if isinstance(value, Tensor) and value.shape == old.shape and value.numel() > 1
                 else value
                 for key, value in optimizer.state.pop(old).items()

@@ -142,7 +142,13 @@ def baseline(model: nn.Module, example_inputs: Any, *, keep_model: bool = False)
 def reachable(
     model: nn.Module, example_inputs: Any, kind: str, limits: Limits = Limits(), dense: Baseline | None = None
 ) -> float:
-    """The furthest value of a target that the limits allow, whatever the criterion; see `check_target`."""
+    """The furthest value of a target that the limits allow, whatever the criterion.
+
+    Args:
+        kind: any of `TARGETS` but "latency" and "dead", which are known only when it comes to it.
+    """
+    if kind in ("latency", "dead"):
+        raise ValueError(f"kind: expected a target that can be known beforehand, found {kind!r}")
     dense = dense or baseline(model, example_inputs)
     layers, _, neurons = _layers(model, example_inputs, limits, dense.sizes)
     removals = {layer.name: layer.neurons(range(sum(layer.portions))) for layer in layers}

@@ -81,10 +81,15 @@ def facts(report: Mapping[str, Any]) -> list[str]:
     target, dead, exact = report["target"], report["dead"], report["exact_removal"]
     lines = [
         f"Target {target['kind']}: {_value(target['requested'])} requested, {_value(target['achieved'])} achieved.",
-        f"Removed {_percent(report['sparsity']['neuron'])} of the neurons and {_percent(report['sparsity']['weight'])} of "
-        "the parameters.",
-        f"{dead['neurons']} of {dead['of']} neurons were dead before the removal; {exact['neurons']} removed neurons were "
-        f"exactly zero, which changed the outputs by at most {exact['max_abs_diff']:.1e}.",
+        f"Removed {_percent(report['sparsity']['neuron'])} of the neurons and {_percent(report['sparsity']['weight'])} "
+        "of the parameters.",
+        f"{dead['neurons']} of {dead['of']} neurons were dead before the removal"
+        + (
+            f"; removing {exact['neurons']} that were exactly zero changed the outputs by at most "
+            f"{exact['max_abs_diff']:.1e}."
+            if exact["neurons"]
+            else "; no removed neuron was exactly zero."
+        ),
     ]
     if report["skipped"]:
         named = "; ".join(f"{item['layer']} ({item['reason']})" for item in report["skipped"])
@@ -94,8 +99,8 @@ def facts(report: Mapping[str, Any]) -> list[str]:
         lines.append(f"Not counted by fvcore: {named}.")
     seconds = report["seconds"]
     lines.append(
-        f"Seed {report['seed']}, {report['device']}; {seconds['train']:.0f} s training, {seconds['prune']:.0f} s pruning, "
-        f"{seconds['finetune']:.0f} s fine-tuning. {NOTE}"
+        f"Seed {report['seed']}, {report['device']}; {seconds['train']:.0f} s training, "
+        f"{seconds['prune']:.0f} s pruning, {seconds['finetune']:.0f} s fine-tuning. {NOTE}"
     )
     return lines
 
@@ -182,7 +187,7 @@ def _page(report: Mapping[str, Any], plots: Sequence[Path]) -> str:
         return f"{values[f'{what}_before']:,} → {values[f'{what}_after']:,}"
 
     images = "".join(
-        f'<img alt="{html.escape(plot.stem)}" src="data:image/png;base64,{base64.b64encode(plot.read_bytes()).decode()}">'
+        f'<img alt="{plot.stem}" src="data:image/png;base64,{base64.b64encode(plot.read_bytes()).decode()}">'
         for plot in plots
     )
     layers = "".join(
@@ -198,7 +203,8 @@ def _page(report: Mapping[str, Any], plots: Sequence[Path]) -> str:
         f"<table>{row(['', 'dense', 'pruned', 'pruned / dense'], 'th')}"
         f"{''.join(row(cells) for cells in summary_rows(report))}</table>"
         f"<ul>{''.join(f'<li>{html.escape(fact)}</li>' for fact in facts(report))}</ul>{images}"
-        f"<h2>Layers</h2><table>{row(['layer', 'type', 'channels', 'parameters', 'FLOPs'], 'th')}{layers}</table></html>\n"
+        f"<h2>Layers</h2><table>{row(['layer', 'type', 'channels', 'parameters', 'FLOPs'], 'th')}{layers}</table>"
+        "</html>\n"
     )
 
 

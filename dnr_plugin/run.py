@@ -223,7 +223,8 @@ class _Run:
         prune_neurons(self.model, self.example, rest, importance=importance, fold=self.recipe.prune.fold)
         recalibrate = self.recipe.prune.recalibrate
         if recalibrate:
-            recalibrate_batchnorm(self.model, self.calibration(recalibrate, "recalibrating BatchNorm"))
+            batches = -(-min(recalibrate, len(self.train_images)) // _BATCH)
+            recalibrate_batchnorm(self.model, self.calibration(recalibrate, "recalibrating BatchNorm"), batches)
         for name, gone in plan.removals.items():
             self.log(
                 event="removed", step=step, layer=name, removed=len(gone), exactly_zero=len(plan.zero.get(name, [])),
@@ -435,7 +436,8 @@ def check_folder(folder: Path, recipe: Recipe, resume: bool) -> dict[str, Any] |
         raise InputError(f"--output: {folder} holds a run of another recipe (there, here): {shown}")
     if not resume:
         raise InputError(
-            f"--output: {folder} holds a run of this recipe already: add --resume to go on with it, or name another folder"
+            f"--output: {folder} holds a run of this recipe already: add --resume to go on with it, or name another "
+            "folder"
         )
     if (folder / "checkpoint.pt").is_file() or not (folder / "report.json").is_file():
         return None
@@ -482,13 +484,13 @@ def check_forward(model: nn.Module, example: Tensor, num_classes: int) -> None:
             logits = model(example)
     except Exception as error:  # whatever the user's network raises on these images
         shape = "x".join(map(str, example.shape))
-        raise InputError(f"model: expected a network that takes images of {shape}, found {type(error).__name__}: {error}") from error
+        raise InputError(
+            f"model: expected a network that takes images of {shape}, found {type(error).__name__}: {error}"
+        ) from error
     if not isinstance(logits, Tensor):
         raise InputError(f"model: expected a tensor of class scores, found that it returns {type(logits).__name__}")
     if logits.dim() != 2 or logits.shape[1] < num_classes:
         raise InputError(f"model: expected scores of shape [N, {num_classes}], found {list(logits.shape)}")
-
-
 
 
 def check_recipe(recipe: Recipe) -> None:
@@ -498,7 +500,12 @@ def check_recipe(recipe: Recipe) -> None:
         InputError: all problems of the data and the model, or else of the target.
     """
     problems: list[str] = []
-    for check in (lambda: check_data(recipe.data), lambda: check_model(recipe.model), lambda: _check_score(recipe)):
+    checks: list[Callable[[], None]] = [
+        lambda: check_data(recipe.data),
+        lambda: check_model(recipe.model),
+        lambda: _check_score(recipe),
+    ]
+    for check in checks:
         try:
             check()
         except InputError as error:

@@ -1,4 +1,4 @@
-"""Every option of a recipe: its type, range, default and meaning. ``dnr recipes options`` prints this file's content."""
+"""Every option of a recipe: its type, range, default and meaning; ``dnr recipes options`` prints them."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class DataOptions(Section):
     )
     augment: list[Literal["flip", "crop", "cutout"]] = Field(
         default=[],
-        description="flip: mirror half of them; crop: pad by an eighth and crop; cutout: blank a square of half the side",
+        description="flip: mirror half; crop: pad by an eighth and crop; cutout: blank a square of half the side",
     )
     workers: int = Field(default=2, ge=0, description="imagefolder only: processes that decode images")
 

@@ -83,16 +83,12 @@ class Trainer:
             if len(losses) == _CHECK_EVERY or step == self.steps_per_epoch - 1:
                 total += self._checked(losses, number, step)
                 losses.clear()
-        return Epoch(
-            total / self.steps_per_epoch, self._last_lr, self.steps_per_epoch * self.options.batch_size
-        )
+        return Epoch(total / self.steps_per_epoch, self._last_lr, self.steps_per_epoch * self.options.batch_size)
 
     def _steps(self, number: int) -> Iterable[Tensor]:
         options = self.options
         seed = derive_seed(self.seed, number)
-        for images, labels in self.images.batches(
-            options.batch_size, seed=seed, augment=self.augment, drop_last=True
-        ):
+        for images, labels in self.images.batches(options.batch_size, seed=seed, augment=self.augment, drop_last=True):
             with torch.autocast(images.device.type, torch.bfloat16, enabled=options.amp):
                 logits = self.model(images)
                 loss = F.cross_entropy(logits.float(), labels, label_smoothing=options.label_smoothing)
@@ -100,7 +96,7 @@ class Trainer:
             loss.backward()  # type: ignore[no-untyped-call]
             if options.clip_norm is not None:
                 nn.utils.clip_grad_norm_(self.model.parameters(), options.clip_norm)
-            self._last_lr = self.schedule.get_last_lr()[0]
+            self._last_lr = float(self.schedule.get_last_lr()[0])
             self.optimizer.step()
             self.schedule.step()
             yield loss.detach()

@@ -233,7 +233,15 @@ def test_pickling_keeps_everything() -> None:
     assert_same(again, activity)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_float64_activations_keep_their_precision() -> None:
+    """A constant is folded from the highest and lowest value, so these may not be rounded to float32."""
+    a = torch.full((4, 1, 3), 0.7, dtype=torch.float64)
+    activity = observed(a, a)
+    assert float(activity.highest) == float(activity.lowest) == 0.7
+    assert float(activity.mean) == pytest.approx(0.7, abs=1e-15)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("threshold", [0.0, 0.1])
 def test_other_types_are_read_as_float32(dtype: torch.dtype, threshold: float) -> None:
     """A half-precision activation is judged by its own value: the threshold is not rounded to its type."""
@@ -290,12 +298,13 @@ a = data(n=30)
 mine = observed(a[:11] if rank == 0 else a[11:])
 mine.all_reduce()
 pickle.dump(mine, open(f"{where}/{rank}.pkl", "wb"))
-broken = data()
-if rank == 1:
-    broken[2, 3, 1] = float("nan")
-other = observed(broken)
-other.all_reduce()
-pickle.dump(other, open(f"{where}/{rank}.nan.pkl", "wb"))
+for culprit in (0, 1):
+    broken = data()
+    if rank == culprit:
+        broken[2, 3, 1] = float("nan")
+    other = observed(broken)
+    other.all_reduce()
+    pickle.dump(other, open(f"{where}/{rank}.nan{culprit}.pkl", "wb"))
 dist.destroy_process_group()
 """
 
@@ -317,4 +326,5 @@ def test_two_ranks_equal_one_process(tmp_path: Path) -> None:
         assert process.returncode == 0, error
     for rank in (0, 1):
         assert_same(pickle.loads((tmp_path / f"{rank}.pkl").read_bytes()), observed(data(n=30)))
-        assert not pickle.loads((tmp_path / f"{rank}.nan.pkl").read_bytes()).finite
+        for culprit in (0, 1):
+            assert not pickle.loads((tmp_path / f"{rank}.nan{culprit}.pkl").read_bytes()).finite

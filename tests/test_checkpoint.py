@@ -124,7 +124,10 @@ def test_modes_flags_and_buffers_survive(tmp_path: Path) -> None:
         (lambda folder: (folder / "architecture.json").write_text("[]"), "expected a mapping, found list"),
         (lambda folder: (folder / "architecture.json").write_text("{}"), "expected a description of format 1"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"\x00" * 5), "found damage"),
-        (lambda folder: _edit(folder, lambda a: a["tensors"]["conv1.weight"].update(shape=[1, 3, 3, 3])), "does not fit"),
+        (
+            lambda folder: _edit(folder, lambda a: a["tensors"]["conv1.weight"].update(shape=[1, 3, 3, 3])),
+            "does not fit",
+        ),
         (lambda folder: _edit(folder, lambda a: a["modules"].update(nowhere={"in_channels": 3})), "does not fit"),
         (lambda folder: _edit(folder, lambda a: a["tensors"]["conv1.weight"].update(dtype="nn")), "does not fit"),
         (lambda folder: _edit(folder, lambda a: a["builder"].update(name="os:system")), "would run its code"),

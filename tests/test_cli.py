@@ -43,7 +43,10 @@ def _refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         ("train.lr=fast", "train.lr: expected a number above 0, found 'fast'"),
         ("train.lr=.nan", "train.lr: expected a finite number above 0, found .nan"),
         ("data={name: cifar10, root: nowhere}", "data.root: expected the folder that holds cifar-10-batches-py"),
-        ("model.stem=imagenet2", "model.stem: expected one of cifar, imagenet, found 'imagenet2'; did you mean 'imagenet'?"),
+        (
+            "model.stem=imagenet2",
+            "model.stem: expected one of cifar, imagenet, found 'imagenet2'; did you mean 'imagenet'?",
+        ),
         ("nothing.here=1", "nothing: "),
         ("model={name: torch.nn:Identity}", "model: expected scores of shape [N, 10], found [1, 3, 16, 16]"),
         ("model={name: 'torch.nn:Nowhere'}", "model.name: expected a function 'Nowhere' in torch.nn"),
@@ -69,8 +72,12 @@ def test_all_problems_come_at_once_with_file_and_line(tmp_path: Path, capsys: py
     file.write_text(yaml.safe_dump(recipe, sort_keys=False))
     lines = _refused(capsys, "check", str(file)).splitlines()
     text = file.read_text().splitlines()
-    where = {key: 1 + next(n for n, line in enumerate(text) if line.strip().startswith(key)) for key in ("root", "score")}
-    assert lines[0].startswith(f"dnr: {file}:{where['root']}: data.root: expected the folder that holds cifar-10-batches-py")
+    where = {
+        key: 1 + next(n for n, line in enumerate(text) if line.strip().startswith(key)) for key in ("root", "score")
+    }
+    assert lines[0].startswith(
+        f"dnr: {file}:{where['root']}: data.root: expected the folder that holds cifar-10-batches-py"
+    )
     assert lines[1].startswith(f"dnr: {file}:{where['score']}: prune.score: expected one of ")
     assert lines[1].endswith("found 'firing_rat'; did you mean 'firing_rate'?")
 
@@ -199,7 +206,9 @@ def test_a_pipe_that_closes_early_is_no_error() -> None:
 
 def test_overhead_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
     """The benchmark runs and counts; what it says of speed is no test's business."""
-    assert main(["bench", "overhead", "--width", "8", "--batch", "4", "--rounds", "3", "--device", "cpu", "--json"]) == 0
+    assert (
+        main(["bench", "overhead", "--width", "8", "--batch", "4", "--rounds", "3", "--device", "cpu", "--json"]) == 0
+    )
     found = json.loads(capsys.readouterr().out)
     assert found["observing_ratio"] > 0
     assert found["scoring_ratio"] > 0

@@ -349,6 +349,16 @@ def test_partial_groups_are_scored_by_their_own_indices() -> None:
     np.testing.assert_allclose(part, expected[[6, 2, 3]], rtol=1e-5)
 
 
+def test_a_live_neuron_of_score_zero_stays_above_the_dead() -> None:
+    """One that fired only in samples that the share leaves out, against one that never fired."""
+    model = make("plain")
+    importance = observed(model, score="magnitude", normalizer=None)
+    plant(importance, lambda _, n: (torch.arange(n) > 1).float())
+    importance.observer.activities["c"].fired_samples[0] = 1
+    found = importance(dict(groups(model))["b"])
+    assert found[1] < 1e-6 * found[0] < 1e-6 * found[2:].min()
+
+
 class Naive(tp.importance.Importance):
     """A criterion as one would write it first: a fixed value for each neuron, by root layer."""
 

@@ -323,7 +323,8 @@ def test_checkpoint_that_does_not_fit_names_its_keys_and_changes_nothing(tmp_pat
     torch.save(state, path)
     assert problems(load_checkpoint, model, path) == (
         f"model.checkpoint: {path}: 1 of 8 keys of the model are missing: 1.weight",
-        f"model.checkpoint: {path}: 6 of 13 keys in the file are unexpected: extra0, extra1, extra2, extra3, extra4, ...",
+        f"model.checkpoint: {path}: 6 of 13 keys in the file are unexpected: "
+        "extra0, extra1, extra2, extra3, extra4, ...",
         f"model.checkpoint: {path}: 1 of 8 shapes differ: 7.bias expected [10] found [3]",
     )
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable
 
 import pytest
 import torch
+import torch_pruning as tp
 from torch import Tensor, nn
 from torch.optim import SGD, Adafactor, Adam, AdamW, Optimizer
 
@@ -262,15 +264,31 @@ def test_an_exception_inside_restores() -> None:
     _train(model, optimizer, 1)
 
 
-def test_sixteen_bit_parameters_are_refused_before_anything_changes() -> None:
-    """Also where float32 parameters come first."""
-    model = _net()
-    nn.functional.cross_entropy(model(X), Y).backward()
-    model[5].to(torch.bfloat16)
-    gradients = {key: p.grad for key, p in model.named_parameters()}
-    with pytest.raises(ValueError, match=r"float32 or float64.*bfloat16"), follow_optimizer(None, model):
-        raise AssertionError
-    assert all(p.grad is gradients[key] for key, p in model.named_parameters())
+def test_sixteen_bit_parameters_follow_as_well() -> None:
+    model = _net().to(torch.bfloat16)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    model(X.to(torch.bfloat16)).float().square().mean().backward()
+    optimizer.step()
+    expected = optimizer.state[model[0].weight]["momentum_buffer"][1:].clone()
+    with follow_optimizer(optimizer, model):
+        graph = tp.DependencyGraph().build_dependency(model, X[:1].to(torch.bfloat16))
+        graph.get_pruning_group(model[0], tp.prune_conv_out_channels, [0]).prune()
+    assert torch.equal(optimizer.state[model[0].weight]["momentum_buffer"], expected)
+
+
+def test_criteria_that_read_gradients_read_the_real_ones() -> None:
+    """Taylor ranks inside the context as it does outside."""
+
+    def pruned(follow: bool) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        model = _net()
+        nn.functional.cross_entropy(model(X), Y).backward()
+        pruner = tp.pruner.BasePruner(model, X[:1], tp.importance.TaylorImportance(), pruning_ratio=0.5)
+        with follow_optimizer(None, model) if follow else contextlib.nullcontext():
+            pruner.step()
+        return [parameter.detach() for parameter in model.parameters()]
+
+    assert all(torch.equal(a, b) for a, b in zip(pruned(True), pruned(False), strict=True))
 
 
 def test_factored_state_is_refused_before_anything_changes() -> None:

@@ -15,7 +15,8 @@ import dnr_plugin
 def test_importing_the_package_stays_light() -> None:
     code = (
         "import sys, dnr_plugin; dnr_plugin.DyingNeuronImportance(); "
-        "heavy = {'torchvision', 'fvcore', 'matplotlib', 'pydantic', 'rich'} & set(sys.modules); sys.exit(repr(heavy) if heavy else 0)"
+        "heavy = {'torchvision', 'fvcore', 'matplotlib', 'pydantic', 'rich'} & set(sys.modules); "
+        "sys.exit(repr(heavy) if heavy else 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

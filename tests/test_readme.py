@@ -22,11 +22,19 @@ COMMANDS = [
 ]
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 # What makes a long command short; later overrides win. Folders are replaced by the test's own.
-SMALL = (
-    "model.width=4 data.train_size=200 data.test_size=100 train.epochs=1 finetune.epochs=1 train.batch_size=50 "
-    "train.warmup_epochs=0 finetune.batch_size=50 prune.recalibrate=100 prune.observe.samples=100 "
-    "prune.observe.min_samples=50"
-).split()
+SMALL = [
+    "model.width=4",
+    "data.train_size=200",
+    "data.test_size=100",
+    "train.epochs=1",
+    "train.batch_size=50",
+    "train.warmup_epochs=0",
+    "finetune.epochs=1",
+    "finetune.batch_size=50",
+    "prune.recalibrate=100",
+    "prune.observe.samples=100",
+    "prune.observe.min_samples=50",
+]
 
 
 def test_the_readme_starts_with_the_two_commands() -> None:

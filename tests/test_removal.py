@@ -705,3 +705,21 @@ def test_weight_sparsity_is_measured() -> None:
     prune_neurons(model, X, plan.removals)
     assert plan.achieved == pytest.approx(1 - count_params(model) / before)
     assert math.isclose(plan.requested, 0.4)
+
+
+@pytest.mark.parametrize("kind", ["flops", "weight_sparsity"])
+def test_search_finds_the_first_step_despite_wrong_predictions(kind: str) -> None:
+    """Predictions that are off by a drifting amount: the measurements decide."""
+    kept = kind == "flops"
+    for seed in range(50):
+        draw = random.Random(seed)
+        true = sorted((draw.random() for _ in range(40)), reverse=kept)
+        drift = draw.uniform(-0.2, 0.2)
+        predicted = [value + drift * k / 40 for k, value in enumerate(true)]
+        value = draw.uniform(min(true), max(true))
+        count, found = removal._first_reached(kind, predicted, value, true.__getitem__)
+        assert found == true[count]
+        assert found <= value if kept else found >= value
+        # the step before is judged by a prediction corrected by the error one step further
+        before = true[count - 1] + drift / 40 if count else None
+        assert before is None or (before > value if kept else before < value) or abs(before - value) < abs(drift) / 20

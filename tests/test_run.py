@@ -245,7 +245,9 @@ def test_a_target_missed_is_saved_and_told(
         return whole(self, group)
 
     monkeypatch.setattr(DyingNeuronImportance, "evidence", partly)
-    code = main(["run", str(tiny), "--output", str(tmp_path / "run"), "--set", "train.epochs=0", "--set", "finetune.epochs=0"])
+    code = main(
+        ["run", str(tiny), "--output", str(tmp_path / "run"), "--set", "train.epochs=0", "--set", "finetune.epochs=0"]
+    )
     assert code == 3
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert report["target"]["reached"] is False
