@@ -8,10 +8,12 @@ from .batchnorm import recalibrate_batchnorm
 from .checkpoint import load_pruned, save_pruned
 from .errors import InputError, TargetError
 from .importance import DyingNeuronImportance
+from .layers import Limits
 from .measure import flop_report
 from .observe import Observer
 from .optimizer import follow_optimizer
-from .removal import Limits, plan_removal, prune_neurons, remove_dead_neurons
+from .planning import plan_removal
+from .removal import prune_neurons, remove_dead_neurons
 
 __all__ = [
     "DyingNeuronImportance",

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 import torch_pruning as tp
 from torch import Tensor
 
+from .environment import device_name, pick_device, placed, versions
 from .importance import DyingNeuronImportance
 from .models import build_model
 from .observe import Observer
-from .run import device_name, pick_device, placed, versions
 from .schema import ModelOptions
 
 

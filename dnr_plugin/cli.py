@@ -169,8 +169,8 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> int:
+    from .checks import check_recipe
     from .recipe import load_recipe, located
-    from .run import check_recipe
 
     file = _recipe_file(arguments.recipe)
     recipe = load_recipe(file, arguments.overrides)

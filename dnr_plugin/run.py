@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import platform
-import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -17,25 +15,26 @@ from torch import Tensor, nn
 
 from . import checkpoint, report
 from .batchnorm import recalibrate_batchnorm
-from .data import Data, check_data, data_shape, derive_seed, load_data
-from .errors import InputError, TargetError, did_you_mean
+from .checks import (
+    check_batches,
+    check_folder,
+    check_forward,
+    check_score,
+    check_space,
+    example_inputs,
+    limits_of,
+)
+from .data import Data, derive_seed, load_data
+from .environment import device_name, pick_device, placed, versions
+from .errors import InputError, TargetError
 from .graph import call, kept_modes, tensors
 from .importance import DyingNeuronImportance
+from .layers import Limits
 from .measure import flop_report, latencies
-from .models import build_model, check_model, rebuild
-from .neurons import SCORES
-from .recipe import differing_fields, load_recipe, write_recipe
-from .removal import (
-    KEPT_TARGETS,
-    Baseline,
-    Limits,
-    Plan,
-    baseline,
-    check_target,
-    output_difference,
-    plan_removal,
-    prune_neurons,
-)
+from .models import build_model, rebuild
+from .planning import KEPT_TARGETS, Baseline, Plan, baseline, check_target, plan_removal
+from .recipe import write_recipe
+from .removal import output_difference, prune_neurons
 from .schema import Recipe
 from .train import Trainer, evaluate
 
@@ -86,7 +85,7 @@ def run_recipe(
 
 def prepared(recipe: Recipe, folder: Path, device: torch.device, track: Track) -> _Run:
     """Loads the data, builds the model and checks that they fit each other and the recipe."""
-    _check_score(recipe)
+    check_score(recipe)
     torch.manual_seed(derive_seed(recipe.seed, "weights"))
     data = load_data(recipe.data, recipe.seed)
     check_batches(recipe, data)
@@ -367,158 +366,6 @@ def step_value(kind: str, value: float, step: int, steps: int) -> float:
     return value * step / steps
 
 
-def limits_of(recipe: Recipe) -> Limits:
-    """What the recipe allows to be removed."""
-    prune = recipe.prune
-    return Limits(prune.ignored, prune.round_to, prune.max_pruning_ratio)
-
-
-def example_inputs(in_channels: int, image_size: int) -> Tensor:
-    """One image of noise, the same every time, for tracing and counting."""
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(1, in_channels, image_size, image_size, generator=generator)
-
-
-def pick_device(name: str) -> torch.device:
-    """The device for "auto", "cpu" or "cuda".
-
-    Raises:
-        InputError: CUDA was asked for and there is none.
-    """
-    if name == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device: expected auto or cpu, since torch finds no CUDA device, found cuda")
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
-
-
-def placed(model: nn.Module, device: torch.device) -> nn.Module:
-    """The model on a device, on a GPU in the memory layout its convolutions are fast in."""
-    if device.type == "cuda":
-        return model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
-    return model.to(device)
-
-
-def device_name(device: torch.device) -> str:
-    """The device in words, for reports."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
-
-
-def versions() -> dict[str, str]:
-    """Of Python and the packages that decide a run's figures."""
-    from importlib.metadata import version
-
-    names = ("dnr_plugin", "torch", "torchvision", "torch-pruning", "fvcore", "numpy")
-    return {"python": platform.python_version(), **{name: version(name) for name in names}}
-
-
-def check_folder(folder: Path, recipe: Recipe, resume: bool) -> dict[str, Any] | None:
-    """Refuses a folder that this run may not write to; returns the report of a finished run that is resumed.
-
-    Raises:
-        InputError: see the messages.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"--output: expected a folder, found the file {folder}")
-    parent = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise InputError(f"--output: expected a folder that can be written to, found {folder}, where {parent} cannot")
-    if not folder.is_dir() or not any(folder.iterdir()):
-        return None
-    saved = folder / "recipe.yaml"
-    if not saved.is_file():
-        raise InputError(f"--output: expected an empty folder or that of a run, found {folder} with other files in it")
-    differing = differing_fields(load_recipe(saved), recipe)
-    if differing:
-        shown = "; ".join(differing[:8]) + (f" and {len(differing) - 8} more" if len(differing) > 8 else "")
-        raise InputError(f"--output: {folder} holds a run of another recipe (there, here): {shown}")
-    if not resume:
-        raise InputError(
-            f"--output: {folder} holds a run of this recipe already: add --resume to go on with it, or name another "
-            "folder"
-        )
-    if (folder / "checkpoint.pt").is_file() or not (folder / "report.json").is_file():
-        return None
-    finished: dict[str, Any] = json.loads((folder / "report.json").read_text())
-    return finished
-
-
-def check_space(folder: Path, model: nn.Module) -> None:
-    """Refuses to start a run whose checkpoints would not fit on the disk."""
-    size = sum(t.numel() * t.element_size() for t in model.state_dict().values())
-    needed = 8 * size + 10 * 2**20  # two checkpoints with Adam's moments, the model, plots
-    parent = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
-    free = shutil.disk_usage(parent).free
-    if free < needed:
-        raise InputError(f"--output: expected {needed / 2**20:.0f} MiB free for {folder}, found {free / 2**20:.0f} MiB")
-
-
-def check_batches(recipe: Recipe, data: Data) -> None:
-    """Refuses batches larger than the data, and fewer images than death is judged on."""
-    found = [
-        f"{stage}.batch_size: expected at most {len(data.train)}, the number of training images, "
-        f"found {options.batch_size}"
-        for stage, options in (("train", recipe.train), ("finetune", recipe.finetune))
-        if options.epochs and options.batch_size > len(data.train)
-    ]
-    if recipe.prune.observe.min_samples > len(data.train):
-        found.append(
-            f"prune.observe.min_samples: expected at most {len(data.train)}, the number of training images, "
-            f"found {recipe.prune.observe.min_samples}"
-        )
-    if found:
-        raise InputError(*found)
-
-
-def check_forward(model: nn.Module, example: Tensor, num_classes: int) -> None:
-    """Calls the model once: it must take the images and return one score per class.
-
-    Raises:
-        InputError: it does not.
-    """
-    try:
-        with kept_modes(model), torch.no_grad():
-            model.eval()
-            logits = model(example)
-    except Exception as error:  # whatever the user's network raises on these images
-        shape = "x".join(map(str, example.shape))
-        raise InputError(
-            f"model: expected a network that takes images of {shape}, found {type(error).__name__}: {error}"
-        ) from error
-    if not isinstance(logits, Tensor):
-        raise InputError(f"model: expected a tensor of class scores, found that it returns {type(logits).__name__}")
-    if logits.dim() != 2 or logits.shape[1] < num_classes:
-        raise InputError(f"model: expected scores of shape [N, {num_classes}], found {list(logits.shape)}")
-
-
-def check_recipe(recipe: Recipe) -> None:
-    """Checks everything about a recipe that can be known without reading images or training.
-
-    Raises:
-        InputError: all problems of the data and the model, or else of the target.
-    """
-    problems: list[str] = []
-    checks: list[Callable[[], None]] = [
-        lambda: check_data(recipe.data),
-        lambda: check_model(recipe.model),
-        lambda: _check_score(recipe),
-    ]
-    for check in checks:
-        try:
-            check()
-        except InputError as error:
-            problems += error.problems
-    if problems:
-        raise InputError(*problems)
-    classes, in_channels, image_size = data_shape(recipe.data)
-    model = build_model(recipe.model, classes, in_channels, image_size)
-    example = example_inputs(in_channels, image_size)
-    check_forward(model, example, classes)
-    check_target(model, example, recipe.prune.target.kind, recipe.prune.target.value, limits_of(recipe))
-
-
 def plan_recipe(recipe: Recipe, device: str = "auto", track: Track = _quiet) -> tuple[Plan, list[dict[str, Any]]]:
     """What a recipe would remove from its model as it is now, in one step, and the layers before and after.
 
@@ -578,11 +425,3 @@ def report_model(folder: Path, shape: str | None, allow_import: bool) -> tuple[d
         f"Not counted by fvcore: {uncounted}. {report.NOTE}",
     ]
     return found, notes
-
-
-def _check_score(recipe: Recipe) -> None:
-    if recipe.prune.score not in SCORES:
-        raise InputError(
-            f"prune.score: expected one of {', '.join(SCORES)}, found {recipe.prune.score!r}"
-            f"{did_you_mean(recipe.prune.score, SCORES)}"
-        )

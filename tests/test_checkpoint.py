@@ -24,8 +24,10 @@ from dnr_plugin.checkpoint import (
     save_pruned,
 )
 from dnr_plugin.errors import InputError
+from dnr_plugin.layers import Limits
 from dnr_plugin.models import build_model
-from dnr_plugin.removal import Limits, plan_removal, prune_neurons
+from dnr_plugin.planning import plan_removal
+from dnr_plugin.removal import prune_neurons
 from dnr_plugin.schema import ModelOptions
 
 

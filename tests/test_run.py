@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from dnr_plugin import load_pruned, run
+from dnr_plugin import checks, load_pruned, run
 from dnr_plugin.errors import InputError
 from dnr_plugin.measure import flop_report
 from dnr_plugin.recipe import load_recipe
@@ -203,7 +203,7 @@ def test_a_folder_that_cannot_be_written_is_refused(
 
 
 def test_a_disk_that_is_full_is_refused(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 2**20})())
+    monkeypatch.setattr(checks.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 2**20})())
     with pytest.raises(InputError, match=r"expected \d+ MiB free for .*, found 1 MiB"):
         run_recipe(load_recipe(tiny), tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -1,0 +1,148 @@
+"""Everything that can be wrong with a run before it computes or writes anything."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .data import Data, check_data, data_shape
+from .errors import InputError, did_you_mean
+from .graph import kept_modes
+from .layers import Limits
+from .models import build_model, check_model
+from .neurons import SCORES
+from .planning import check_target
+from .recipe import differing_fields, load_recipe
+from .schema import Recipe
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Checks everything about a recipe that can be known without reading images or training.
+
+    Raises:
+        InputError: all problems of the data and the model, or else of the target.
+    """
+    problems: list[str] = []
+    checks: list[Callable[[], None]] = [
+        lambda: check_data(recipe.data),
+        lambda: check_model(recipe.model),
+        lambda: check_score(recipe),
+    ]
+    for check in checks:
+        try:
+            check()
+        except InputError as error:
+            problems += error.problems
+    if problems:
+        raise InputError(*problems)
+    classes, in_channels, image_size = data_shape(recipe.data)
+    model = build_model(recipe.model, classes, in_channels, image_size)
+    example = example_inputs(in_channels, image_size)
+    check_forward(model, example, classes)
+    check_target(model, example, recipe.prune.target.kind, recipe.prune.target.value, limits_of(recipe))
+
+
+def check_folder(folder: Path, recipe: Recipe, resume: bool) -> dict[str, Any] | None:
+    """Refuses a folder that this run may not write to; returns the report of a finished run that is resumed.
+
+    Raises:
+        InputError: see the messages.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"--output: expected a folder, found the file {folder}")
+    parent = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise InputError(f"--output: expected a folder that can be written to, found {folder}, where {parent} cannot")
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return None
+    saved = folder / "recipe.yaml"
+    if not saved.is_file():
+        raise InputError(f"--output: expected an empty folder or that of a run, found {folder} with other files in it")
+    differing = differing_fields(load_recipe(saved), recipe)
+    if differing:
+        shown = "; ".join(differing[:8]) + (f" and {len(differing) - 8} more" if len(differing) > 8 else "")
+        raise InputError(f"--output: {folder} holds a run of another recipe (there, here): {shown}")
+    if not resume:
+        raise InputError(
+            f"--output: {folder} holds a run of this recipe already: add --resume to go on with it, or name another "
+            "folder"
+        )
+    if (folder / "checkpoint.pt").is_file() or not (folder / "report.json").is_file():
+        return None
+    finished: dict[str, Any] = json.loads((folder / "report.json").read_text())
+    return finished
+
+
+def check_space(folder: Path, model: nn.Module) -> None:
+    """Refuses to start a run whose checkpoints would not fit on the disk."""
+    size = sum(t.numel() * t.element_size() for t in model.state_dict().values())
+    needed = 8 * size + 10 * 2**20  # two checkpoints with Adam's moments, the model, plots
+    parent = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise InputError(f"--output: expected {needed / 2**20:.0f} MiB free for {folder}, found {free / 2**20:.0f} MiB")
+
+
+def check_batches(recipe: Recipe, data: Data) -> None:
+    """Refuses batches larger than the data, and fewer images than death is judged on."""
+    found = [
+        f"{stage}.batch_size: expected at most {len(data.train)}, the number of training images, "
+        f"found {options.batch_size}"
+        for stage, options in (("train", recipe.train), ("finetune", recipe.finetune))
+        if options.epochs and options.batch_size > len(data.train)
+    ]
+    if recipe.prune.observe.min_samples > len(data.train):
+        found.append(
+            f"prune.observe.min_samples: expected at most {len(data.train)}, the number of training images, "
+            f"found {recipe.prune.observe.min_samples}"
+        )
+    if found:
+        raise InputError(*found)
+
+
+def check_forward(model: nn.Module, example: Tensor, num_classes: int) -> None:
+    """Calls the model once: it must take the images and return one score per class.
+
+    Raises:
+        InputError: it does not.
+    """
+    try:
+        with kept_modes(model), torch.no_grad():
+            model.eval()
+            logits = model(example)
+    except Exception as error:  # whatever the user's network raises on these images
+        shape = "x".join(map(str, example.shape))
+        raise InputError(
+            f"model: expected a network that takes images of {shape}, found {type(error).__name__}: {error}"
+        ) from error
+    if not isinstance(logits, Tensor):
+        raise InputError(f"model: expected a tensor of class scores, found that it returns {type(logits).__name__}")
+    if logits.dim() != 2 or logits.shape[1] < num_classes:
+        raise InputError(f"model: expected scores of shape [N, {num_classes}], found {list(logits.shape)}")
+
+
+def check_score(recipe: Recipe) -> None:
+    if recipe.prune.score not in SCORES:
+        raise InputError(
+            f"prune.score: expected one of {', '.join(SCORES)}, found {recipe.prune.score!r}"
+            f"{did_you_mean(recipe.prune.score, SCORES)}"
+        )
+
+
+def limits_of(recipe: Recipe) -> Limits:
+    """What the recipe allows to be removed."""
+    prune = recipe.prune
+    return Limits(prune.ignored, prune.round_to, prune.max_pruning_ratio)
+
+
+def example_inputs(in_channels: int, image_size: int) -> Tensor:
+    """One image of noise, the same every time, for tracing and counting."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(1, in_channels, image_size, image_size, generator=generator)
