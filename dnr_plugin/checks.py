@@ -49,6 +49,13 @@ def check_recipe(recipe: Recipe) -> None:
     check_target(model, example, recipe.prune.target.kind, recipe.prune.target.value, limits_of(recipe))
 
 
+def check_ranks() -> None:
+    """Refuses several processes: each would train a model of its own and write to the same folder."""
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if ranks > 1:
+        raise InputError(f"torchrun: expected one process, since several are not supported yet, found {ranks}")
+
+
 def check_folder(folder: Path, recipe: Recipe, resume: bool) -> dict[str, Any] | None:
     """Refuses a folder that this run may not write to; returns the report of a finished run that is resumed.
 

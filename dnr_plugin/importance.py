@@ -40,6 +40,10 @@ class DyingNeuronImportance(tp.importance.Importance):  # type: ignore[misc]
     on_off_entropy     entropy of firing or not, bits                                 max
     ================== ============================================================== =============================
 
+    The default is what removal loses once a removed neuron's mean is folded into what follows, and kept most accuracy
+    of these on CIFAR-10 (CHANGELOG). Rarely firing neurons are not unimportant ones: in a live network they are the
+    selective ones.
+
     Scores are finite, positive and distinct over the whole network, so that Torch-Pruning's global threshold
     (``importance <= threshold``) takes exactly as many neurons as were asked for. The best neurons of each layer are
     lifted above all others, so that no layer is emptied or pruned beyond ``max_pruning_ratio``, unless a pruner asks
@@ -75,7 +79,7 @@ class DyingNeuronImportance(tp.importance.Importance):  # type: ignore[misc]
 
     def __init__(
         self,
-        score: str = "contribution",
+        score: str = "variation",
         *,
         normalizer: str | Callable[[Tensor], Tensor] | None = "mean",
         max_pruning_ratio: float = 1.0,

@@ -212,6 +212,7 @@ def write_plots(folder: Path, report: Mapping[str, Any], events: Sequence[Mappin
     """Draws the channels kept per layer, and accuracy over the epochs of the run; returns the files."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     folder.mkdir(exist_ok=True)
 
@@ -232,7 +233,7 @@ def write_plots(folder: Path, report: Mapping[str, Any], events: Sequence[Mappin
     axes.margins(y=0.01)
     axes.set_xlabel("output channels")
     axes.set_title(f"{report['name']}: channels kept per layer")
-    axes.legend(loc="lower right")
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
     written = [save(figure, "channels.png")]
 
     epochs = [event for event in events if event["event"] == "epoch"]
@@ -240,14 +241,15 @@ def write_plots(folder: Path, report: Mapping[str, Any], events: Sequence[Mappin
         figure = Figure(figsize=(8, 4), layout="constrained")
         axes = figure.subplots()
         trained = [event for event in epochs if event["stage"] == "train"]
-        for stage, color in (("train", "#555555"), ("finetune", "#1f77b4")):
-            offset = 0 if stage == "train" else len(trained)
-            points = [(offset + e["epoch"], 100 * e["accuracy"]) for e in epochs if e["stage"] == stage]
-            if points:
-                label = "dense training" if stage == "train" else "fine-tuning"
-                axes.plot(*zip(*points, strict=True), marker="o", markersize=3, color=color, label=label)
-        before = report["pruned"]["accuracy_before_finetune"]
-        axes.plot([len(trained)], [100 * before], "v", color="#d62728", label="right after removal")
+        tuned = [event for event in epochs if event["stage"] == "finetune"]
+        removed = (len(trained), 100 * report["pruned"]["accuracy_before_finetune"])
+        if trained:
+            points = [(e["epoch"], 100 * e["accuracy"]) for e in trained]
+            axes.plot(*zip(*points, strict=True), marker="o", markersize=3, color="#555555", label="dense training")
+        points = [removed, *((len(trained) + e["epoch"], 100 * e["accuracy"]) for e in tuned)]
+        axes.plot(*zip(*points, strict=True), marker="o", markersize=3, color="#1f77b4", label="fine-tuning")
+        axes.plot(*removed, "v", color="#d62728", label="after removal")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("epoch")
         axes.set_ylabel("test accuracy, %")
         axes.set_title(f"{report['name']}: accuracy over the run")

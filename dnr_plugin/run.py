@@ -19,6 +19,7 @@ from .checks import (
     check_batches,
     check_folder,
     check_forward,
+    check_ranks,
     check_score,
     check_space,
     example_inputs,
@@ -36,7 +37,7 @@ from .planning import KEPT_TARGETS, Baseline, Plan, baseline, check_target, plan
 from .recipe import write_recipe
 from .removal import output_difference, prune_neurons
 from .schema import Recipe
-from .train import Trainer, evaluate
+from .train import Progress, Trainer, evaluate
 
 Track = Callable[[Iterable[Any], int, str], Iterable[Any]]
 
@@ -73,6 +74,7 @@ def run_recipe(
         InputError: recipe, data, folder or target cannot be used; nothing was written.
         DivergedError: the loss became NaN.
     """
+    check_ranks()
     folder = Path(output) if output is not None else Path("runs") / recipe.name
     finished = check_folder(folder, recipe, resume)
     if finished is not None:
@@ -152,10 +154,9 @@ class _Run:
             trainer.schedule.load_state_dict(state["schedule"])
             _set_random_state(state)
         for number in range(self.epoch, options.epochs):
-            what = f"{stage} epoch {number + 1}/{options.epochs}"
             start = time.perf_counter()
             with self.timed(stage):
-                done = trainer.epoch(number, lambda steps, total, what=what: self.track(steps, total, what))  # type: ignore[misc]
+                done = trainer.epoch(number, self.shown(f"{stage} epoch {number + 1}/{options.epochs}"))
             self.epoch = number + 1
             self.log(
                 event="epoch", stage=stage, epoch=number + 1, loss=done.loss, lr=done.lr, accuracy=self.accuracy(),
@@ -304,7 +305,10 @@ class _Run:
             return list(tensors(call(self.model, images)))
 
     def accuracy(self) -> float:
-        return evaluate(self.model, self.test_images)
+        return evaluate(self.model, self.test_images, progress=self.shown("evaluating"))
+
+    def shown(self, what: str) -> Progress:
+        return lambda items, total: self.track(items, total, what)
 
     @contextlib.contextmanager
     def timed(self, stage: str) -> Iterator[None]:

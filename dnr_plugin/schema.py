@@ -162,7 +162,7 @@ class ObserveOptions(Section):
 class PruneOptions(Section):
     target: TargetOptions = Field(description="what to reach: exactly one key")
     score: str = Field(
-        default="contribution", description="what ranks the neurons; low goes first, dead ones before all others"
+        default="variation", description="what ranks the neurons; low goes first, dead ones before all others"
     )
     scope: Literal["local", "global", "isomorphic"] = Field(
         default="local", description="rank within each layer, over the whole network, or among layers of like structure"

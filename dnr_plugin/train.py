@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,10 @@ from .schema import TrainOptions
 
 # Losses wait on the device for this many steps before anyone looks at them.
 _CHECK_EVERY = 50
+
+
+# Wraps an iterable of a known length for display.
+Progress = Callable[[Iterable[Any], int], Iterable[Any]]
 
 
 class DivergedError(RuntimeError):
@@ -62,7 +67,7 @@ class Trainer:
             self.optimizer, lambda step: lr_factor(options, step, self.steps_per_epoch * options.epochs)
         )
 
-    def epoch(self, number: int, progress: Callable[[Iterable[Tensor], int], Iterable[Tensor]] | None = None) -> Epoch:
+    def epoch(self, number: int, progress: Progress | None = None) -> Epoch:
         """Trains for one epoch.
 
         Args:
@@ -149,16 +154,17 @@ def _optimizer(model: nn.Module, options: TrainOptions) -> torch.optim.Optimizer
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, images: ImageSource, batch_size: int = 500, amp: bool = False) -> float:
+def evaluate(model: nn.Module, images: ImageSource, batch_size: int = 500, progress: Progress | None = None) -> float:
     """Share of images classified right, in [0, 1], in eval mode; the mode is restored."""
     training = model.training
     model.eval()
     right = torch.zeros((), dtype=torch.int64)
     try:
-        for batch, labels in images.batches(batch_size):
-            with torch.autocast(batch.device.type, torch.bfloat16, enabled=amp):
-                logits = model(batch)
-            right = right.to(batch.device) + (logits.argmax(1) == labels).sum()
+        batches: Iterable[tuple[Tensor, Tensor]] = images.batches(batch_size)
+        if progress is not None:
+            batches = progress(batches, -(-len(images) // batch_size))
+        for batch, labels in batches:
+            right = right.to(batch.device) + (model(batch).argmax(1) == labels).sum()
     finally:
         model.train(training)
     return int(right) / len(images)

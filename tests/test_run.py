@@ -133,11 +133,11 @@ def _lasting(folder: Path) -> tuple[Any, Any, dict[str, torch.Tensor]]:
 
 
 def test_a_run_stopped_anywhere_and_resumed_is_the_same_run(tiny: Path, tmp_path: Path) -> None:
-    """12 training steps, 1 of observing, 1 of recalibrating, 12 of fine-tuning."""
+    """In the first step, the second epoch, the dense evaluation, right after the removal, and while fine-tuning."""
     recipe = load_recipe(tiny)
     run_recipe(recipe, tmp_path / "straight")
     expected = _lasting(tmp_path / "straight")
-    for calls in (0, 9, 12, 15, 19):
+    for calls in (0, 8, 14, 16, 20):
         folder = tmp_path / f"stopped{calls}"
         with pytest.raises(Killed):
             run_recipe(recipe, folder, track=_stopping_after(calls))
@@ -190,6 +190,13 @@ def test_folders_that_are_not_this_runs_are_refused(tiny: Path, tmp_path: Path) 
         run_recipe(recipe, tmp_path / "mine")
     with pytest.raises(InputError, match="expected a folder, found the file"):
         run_recipe(recipe, tiny)
+
+
+def test_several_ranks_are_refused(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match=r"torchrun: expected one process, .* found 2"):
+        run_recipe(load_recipe(tiny), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_folder_that_cannot_be_written_is_refused(
