@@ -322,6 +322,8 @@ def _option_problems(options: DataOptions) -> list[str]:
         problems.append(f"data.root: expected nothing for shapes, which needs no files, found {options.root}")
     if name != "shapes" and options.root is None:
         problems.append(f"data.root: expected the folder of {name}, found nothing")
+    if name != "imagefolder" and options.workers is not None:
+        problems.append(f"data.workers: expected nothing for {name}, which is held in memory, found {options.workers}")
     if name in ("shapes", "imagefolder") and options.download:
         problems.append(f"data.download: expected false for {name}, which is not downloaded, found true")
     if name in _SIZES and options.image_size is not None:
@@ -559,7 +561,8 @@ def _load_folder(options: DataOptions, root: Path) -> Data:
             found.append(datasets.ImageFolder(str(folder)))
         except FileNotFoundError as error:
             raise InputError(f"data.root: expected images of every class in {folder}: {_line(error)}") from error
-    train, test = (FolderImages(split.samples, side, options.workers) for split in found)
+    workers = 2 if options.workers is None else options.workers
+    train, test = (FolderImages(split.samples, side, workers) for split in found)
     return Data(train, test, len(found[0].classes), 3, side, list(found[0].classes))
 
 

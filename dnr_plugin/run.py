@@ -168,7 +168,7 @@ class _Run:
         """Observes and removes, in the recipe's number of steps."""
         options = self.recipe.prune
         target = options.target
-        steps = options.steps if target.kind != "dead" else 1
+        steps = options.steps
         done: dict[str, Any] = {"skipped": [], "exact_neurons": 0, "max_abs_diff": 0.0, "reached": True}
         if target.kind == "latency":
             self.dense = baseline(self.model, self.example, keep_model=True)

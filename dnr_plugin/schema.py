@@ -59,7 +59,7 @@ class DataOptions(Section):
         default=[],
         description="flip: mirror half; crop: pad by an eighth and crop; cutout: blank a square of half the side",
     )
-    workers: int = Field(default=2, ge=0, description="imagefolder only: processes that decode images")
+    workers: int | None = Field(default=None, ge=0, description="imagefolder only: processes that decode images; 2")
 
     @model_validator(mode="after")
     def _each_once(self) -> DataOptions:
@@ -73,7 +73,7 @@ class TrainOptions(Section):
     batch_size: int = Field(default=128, ge=2, description="images per step")
     optimizer: Literal["sgd", "adam", "adamw"] = Field(default="sgd", description="torch.optim's")
     lr: float = Field(default=0.1, gt=0.0, description="highest learning rate")
-    momentum: float = Field(default=0.9, ge=0.0, lt=1.0, description="sgd only")
+    momentum: float | None = Field(default=None, ge=0.0, lt=1.0, description="sgd only; 0.9 by default")
     nesterov: bool = Field(default=False, description="sgd only; needs momentum")
     weight_decay: float = Field(default=5e-4, ge=0.0, description="on every parameter")
     schedule: Literal["constant", "cosine", "linear", "one_cycle"] = Field(
@@ -88,10 +88,10 @@ class TrainOptions(Section):
 
     @model_validator(mode="after")
     def _combinations(self) -> TrainOptions:
+        if self.momentum is not None and self.optimizer != "sgd":
+            raise ValueError(f"momentum: expected nothing for {self.optimizer}, found {self.momentum:g}")
         if self.nesterov and (self.optimizer != "sgd" or self.momentum == 0.0):
-            raise ValueError(
-                f"nesterov: expected optimizer sgd with momentum above 0, found {self.optimizer}, {self.momentum:g}"
-            )
+            raise ValueError(f"nesterov: expected sgd with momentum above 0, found {self.optimizer}, {self.momentum}")
         if self.epochs and self.warmup_epochs >= self.epochs:
             raise ValueError(f"warmup_epochs: expected less than epochs ({self.epochs}), found {self.warmup_epochs:g}")
         if self.schedule == "one_cycle" and self.warmup_epochs:
@@ -162,7 +162,9 @@ class ObserveOptions(Section):
 class PruneOptions(Section):
     target: TargetOptions = Field(description="what to reach: exactly one key")
     score: str = Field(
-        default="variation", description="what ranks the neurons; low goes first, dead ones before all others"
+        default="variation",
+        description="what ranks the neurons, low ones first, dead ones before all: variation, contribution, magnitude, "
+        "dormancy, firing_rate, sample_activity, entropy or on_off_entropy",
     )
     scope: Literal["local", "global", "isomorphic"] = Field(
         default="local", description="rank within each layer, over the whole network, or among layers of like structure"
@@ -176,6 +178,12 @@ class PruneOptions(Section):
         default=2048, ge=0, description="training images on which BatchNorm statistics are taken anew; 0: none"
     )
     observe: ObserveOptions = Field(default=ObserveOptions(), description="how activations are read")
+
+    @model_validator(mode="after")
+    def _dead_at_once(self) -> PruneOptions:
+        if self.target.dead and self.steps > 1:
+            raise ValueError(f"steps: expected 1 with target dead, which has no steps, found {self.steps}")
+        return self
 
 
 class Recipe(Section):

@@ -145,7 +145,7 @@ def _optimizer(model: nn.Module, options: TrainOptions) -> torch.optim.Optimizer
         return torch.optim.SGD(
             model.parameters(),
             options.lr,
-            momentum=options.momentum,
+            momentum=0.9 if options.momentum is None else options.momentum,
             nesterov=options.nesterov,
             weight_decay=options.weight_decay,
         )

@@ -15,6 +15,7 @@ from conftest import ROOT, TINY
 from dnr_plugin.checkpoint import save_pruned
 from dnr_plugin.cli import main
 from dnr_plugin.models import build_model
+from dnr_plugin.neurons import SCORES
 from dnr_plugin.recipe import shipped_recipes
 from dnr_plugin.schema import ModelOptions
 
@@ -37,17 +38,20 @@ def _refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         ("prune.score=contributoin", "prune.score: expected one of contribution, variation, "),
         ("prune.target.params=0.5", "expected exactly one of flops, params, latency, "),
         ("prune.target={flops: 0.001}", "prune.target.flops: expected at least 0."),
-        ("prune.ignored=[layer*, conv1, bn1]", "expected at least one layer whose channels may be removed"),
+        ("prune.ignored=['layer*', conv1, bn1]", "expected at least one layer whose channels may be removed"),
         ("prune.ignored=[layer5.*]", "prune.ignored: expected the name of a layer or a pattern that fits one"),
         ("train.epochz=3", "train.epochz: "),
         ("train.lr=fast", "train.lr: expected a number above 0, found 'fast'"),
-        ("train.lr=.nan", "train.lr: expected a finite number above 0, found .nan"),
+        ("train.lr=.nan", "train.lr: expected a finite number, found .nan"),
         ("data={name: cifar10, root: nowhere}", "data.root: expected the folder that holds cifar-10-batches-py"),
         (
             "model.stem=imagenet2",
             "model.stem: expected one of cifar, imagenet, found 'imagenet2'; did you mean 'imagenet'?",
         ),
         ("nothing.here=1", "nothing: "),
+        ("prune.ignored=[conv1, layer1, layer2, layer3]", "prune.target.flops: expected at least 0."),
+        ("train={epochs: 1, optimizer: adam, momentum: 0.5}", "train.momentum: expected nothing for adam, found 0.5"),
+        ("prune={target: {dead: true}, steps: 2}", "prune.steps: expected 1 with target dead"),
         ("model={name: torch.nn:Identity}", "model: expected scores of shape [N, 10], found [1, 3, 16, 16]"),
         ("model={name: 'torch.nn:Nowhere'}", "model.name: expected a function 'Nowhere' in torch.nn"),
     ],
@@ -135,6 +139,7 @@ def test_recipes_are_listed_and_printed(name: str | None, capsys: pytest.Capture
 def test_every_option_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["recipes", "options"]) == 0
     out = capsys.readouterr().out
+    assert all(score in out for score in SCORES)
     for option in ("model.stem", "data.augment", "train.clip_norm", "prune.target.latency", "prune.observe.bins"):
         assert f"`{option}` [" in out
     assert "did you mean 'quickstart'?" in _refused(capsys, "recipes", "quickstrat")

@@ -244,6 +244,10 @@ def test_a_constant_channel_does_not_divide_by_zero() -> None:
             "data.test_size: expected at most 10000, found 10001",
         ),
         (
+            {"name": "shapes", "workers": 2},
+            "data.workers: expected nothing for shapes, which is held in memory, found 2",
+        ),
+        (
             {"name": "imagefolder", "root": "no/such"},
             "data.root: expected a folder with train and val (or test) in it, found no folder no/such",
         ),
