@@ -12,12 +12,19 @@ from torch import Tensor, nn
 from torch_pruning import ops
 
 from .graph import kept_modes
+from .inputs import batch_inputs, call
 from .neurons import Evidence
 
 
-def batch_inputs(batch: Any) -> Any:
-    """The model's inputs of a batch: the batch itself, or the first element of an (input, target) pair."""
-    return batch[0] if isinstance(batch, Sequence) and not isinstance(batch, str) else batch
+class _Called(nn.Module):
+    """Takes a batch's inputs as one argument, whatever their form, as fvcore hands them over."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, inputs: Any) -> Any:
+        return call(self.model, inputs)
 
 
 def recalibrate_batchnorm(model: nn.Module, loader: Iterable[Any], batches: int | None = None) -> int:
@@ -56,7 +63,7 @@ def recalibrate_batchnorm(model: nn.Module, loader: Iterable[Any], batches: int 
         for layer in layers:
             layer.train()
         try:
-            update_bn_stats(model, map(batch_inputs, loader), batches)
+            update_bn_stats(_Called(model), map(batch_inputs, loader), batches)
             unreached = [
                 layer for layer, (_, state, _) in zip(layers, before, strict=True)
                 if torch.equal(layer.num_batches_tracked, state["num_batches_tracked"])

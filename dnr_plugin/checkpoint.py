@@ -6,44 +6,22 @@ name and arguments, what differs in each module's plain attributes, and the shap
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
 import os
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .errors import InputError
+from .files import atomic_write
 
 FORMAT = 1
 ARCHITECTURE, WEIGHTS = "architecture.json", "model.safetensors"
 _PLAIN = (bool, int, float, str, type(None))
-
-
-@contextlib.contextmanager
-def atomic_write(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[Any]]:
-    """Opens a file that replaces ``path`` only when it was written to the end and lies on the disk.
-
-    A kill or a full disk in between leaves the old file as it was, and no rubbish after an exception.
-    """
-    path = Path(path)
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, mode, encoding=None if "b" in mode else "utf-8") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(name)
-        raise
 
 
 def describe(model: nn.Module, builder: Mapping[str, Any] | None = None) -> dict[str, Any]:

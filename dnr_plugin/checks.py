@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .data import Data, check_data, data_shape
+from .checkpoint import load_checkpoint_state
+from .data import check_data, data_shape, train_size
 from .errors import InputError, did_you_mean
 from .graph import kept_modes
 from .layers import Limits
@@ -27,13 +28,15 @@ def check_recipe(recipe: Recipe) -> None:
     """Checks everything about a recipe that can be known without reading images or training.
 
     Raises:
-        InputError: all problems of the data and the model, or else of the target.
+        InputError: all problems of data, model, score and sizes; where there are none, of how they fit each other and
+            the target.
     """
     problems: list[str] = []
     checks: list[Callable[[], None]] = [
         lambda: check_data(recipe.data),
         lambda: check_model(recipe.model),
         lambda: check_score(recipe),
+        lambda: check_sizes(recipe, train_size(recipe.data)),
     ]
     for check in checks:
         try:
@@ -44,7 +47,7 @@ def check_recipe(recipe: Recipe) -> None:
         raise InputError(*problems)
     classes, in_channels, image_size = data_shape(recipe.data)
     model = build_model(recipe.model, classes, in_channels, image_size)
-    example = example_inputs(in_channels, image_size)
+    example = example_image(in_channels, image_size)
     check_forward(model, example, classes)
     check_target(model, example, recipe.prune.target.kind, recipe.prune.target.value, limits_of(recipe))
 
@@ -73,6 +76,9 @@ def check_folder(folder: Path, recipe: Recipe, resume: bool) -> dict[str, Any] |
     if not saved.is_file():
         raise InputError(f"--output: expected an empty folder or that of a run, found {folder} with other files in it")
     differing = differing_fields(load_recipe(saved), recipe)
+    if resume:
+        free = _not_begun(folder / "checkpoint.pt")
+        differing = [field for field in differing if not field.startswith(free)]
     if differing:
         shown = "; ".join(differing[:8]) + (f" and {len(differing) - 8} more" if len(differing) > 8 else "")
         raise InputError(f"--output: {folder} holds a run of another recipe (there, here): {shown}")
@@ -87,6 +93,16 @@ def check_folder(folder: Path, recipe: Recipe, resume: bool) -> dict[str, Any] |
     return finished
 
 
+def _not_begun(path: Path) -> tuple[str, ...]:
+    """Sections of a recipe that an interrupted run has not come to, so that they may still be changed."""
+    if not path.is_file():
+        return ()
+    state = load_checkpoint_state(path)
+    if state["stage"] in ("train", "prune"):
+        return "prune.", "finetune."
+    return ("finetune.",) if state["epoch"] == 0 else ()
+
+
 def check_space(folder: Path, model: nn.Module) -> None:
     """Refuses to start a run whose checkpoints would not fit on the disk."""
     size = sum(t.numel() * t.element_size() for t in model.state_dict().values())
@@ -97,19 +113,19 @@ def check_space(folder: Path, model: nn.Module) -> None:
         raise InputError(f"--output: expected {needed / 2**20:.0f} MiB free for {folder}, found {free / 2**20:.0f} MiB")
 
 
-def check_batches(recipe: Recipe, data: Data) -> None:
-    """Refuses batches larger than the data, and fewer images than death is judged on."""
-    found = [
-        f"{stage}.batch_size: expected at most {len(data.train)}, the number of training images, "
-        f"found {options.batch_size}"
+def check_sizes(recipe: Recipe, images: int | None) -> None:
+    """Refuses batches larger than the training images, and fewer of these than death is judged on; None: unknown."""
+    wanted = {
+        f"{stage}.batch_size": options.batch_size
         for stage, options in (("train", recipe.train), ("finetune", recipe.finetune))
-        if options.epochs and options.batch_size > len(data.train)
+        if options.epochs
+    }
+    wanted["prune.observe.min_samples"] = recipe.prune.observe.min_samples
+    found = [
+        f"{name}: expected at most {images}, the number of training images, found {value}"
+        for name, value in wanted.items()
+        if images is not None and value > images
     ]
-    if recipe.prune.observe.min_samples > len(data.train):
-        found.append(
-            f"prune.observe.min_samples: expected at most {len(data.train)}, the number of training images, "
-            f"found {recipe.prune.observe.min_samples}"
-        )
     if found:
         raise InputError(*found)
 
@@ -149,7 +165,7 @@ def limits_of(recipe: Recipe) -> Limits:
     return Limits(prune.ignored, prune.round_to, prune.max_pruning_ratio)
 
 
-def example_inputs(in_channels: int, image_size: int) -> Tensor:
+def example_image(in_channels: int, image_size: int) -> Tensor:
     """One image of noise, the same every time, for tracing and counting."""
     generator = torch.Generator().manual_seed(0)
     return torch.randn(1, in_channels, image_size, image_size, generator=generator)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .errors import InputError, TargetError
+from .errors import InputError, RunError, TargetError
 
 DONE, FAILED, BAD_INPUT, TARGET_MISSED = 0, 1, 2, 3
 
@@ -43,23 +43,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("dnr: interrupted; add --resume to go on after the last finished epoch", file=sys.stderr)
         return FAILED
-    except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return DONE
     except OSError as error:
         print(f"dnr: {error}; with space and access restored, add --resume to go on", file=sys.stderr)
         return FAILED
-    except Exception as error:
-        if not _is_divergence(error):
-            raise
+    except RunError as error:
         print(f"dnr: {error}", file=sys.stderr)
         return FAILED
-
-
-def _is_divergence(error: Exception) -> bool:
-    from .train import DivergedError
-
-    return isinstance(error, DivergedError)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -114,12 +103,38 @@ def _parser() -> argparse.ArgumentParser:
 
     bench = command("bench", _bench, "measure costs side by side in one process")
     bench.add_argument("what", choices=("overhead",), help="overhead: of observing and scoring")
-    bench.add_argument("--width", type=int, default=64, help="of ResNet-18; default: 64")
-    bench.add_argument("--batch", type=int, default=16, help="images per training step; default: 16")
-    bench.add_argument("--rounds", type=int, default=15, help="timed rounds of each; default: 15")
+    bench.add_argument("--width", type=_positive, default=64, help="of ResNet-18; default: 64")
+    bench.add_argument("--batch", type=_positive, default=16, help="images per training step; default: 16")
+    bench.add_argument("--rounds", type=_positive, default=15, help="timed rounds of each; default: 15")
     bench.add_argument("--json", action="store_true", help="print JSON")
     takes_device(bench)
     return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, found {text!r}")
+    return int(text)
+
+
+def _show(*parts: Any) -> None:
+    """Prints text and tables; a reader of the pipe who has seen enough, such as head, is no error."""
+    from rich.console import Console
+
+    class Pipe(Console):
+        def on_broken_pipe(self) -> None:  # rich would end the program, and with it the exit code
+            raise BrokenPipeError
+
+    try:
+        console = Pipe()
+        for part in parts:
+            if isinstance(part, str):
+                print(part)
+            else:
+                console.print(part)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _recipe_file(name: str) -> str:
@@ -141,8 +156,6 @@ def _track(items: Iterable[Any], total: int, what: str) -> Iterable[Any]:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from rich.console import Console
-
     from .recipe import load_recipe, located
     from .report import facts, summary_table
     from .run import run_recipe
@@ -154,11 +167,8 @@ def _run(arguments: argparse.Namespace) -> int:
         report = run_recipe(recipe, output, resume=arguments.resume, device=arguments.device, track=_track)
     except InputError as error:
         raise located(error, file, arguments.overrides) from None
-    console = Console()
-    console.print(summary_table(report))
-    for fact in facts(report):
-        console.print(f"- {fact}", highlight=False, soft_wrap=True)
-    console.print(f"Written to {output}: report.html, report.json, model.safetensors", highlight=False, soft_wrap=True)
+    written = f"Written to {output}: report.html, report.json, model.safetensors"
+    _show(summary_table(report), *(f"- {fact}" for fact in facts(report)), written)
     target = report["target"]
     if not target["reached"]:
         raise TargetError(
@@ -178,13 +188,11 @@ def _check(arguments: argparse.Namespace) -> int:
         check_recipe(recipe)
     except InputError as error:
         raise located(error, file, arguments.overrides) from None
-    print(f"{file}: fine")
+    _show(f"{file}: fine")
     return DONE
 
 
 def _plan(arguments: argparse.Namespace) -> int:
-    from rich.console import Console
-
     from .recipe import load_recipe, located
     from .report import layer_table
     from .run import plan_recipe
@@ -192,23 +200,24 @@ def _plan(arguments: argparse.Namespace) -> int:
     file = _recipe_file(arguments.recipe)
     recipe = load_recipe(file, arguments.overrides)
     try:
-        plan, rows = plan_recipe(recipe, arguments.device, _track)
+        plan, rows, missed = plan_recipe(recipe, arguments.device, _track)
     except InputError as error:
         raise located(error, file, arguments.overrides) from None
-    console = Console()
-    console.print(layer_table(rows, f"{recipe.name}: what would be removed"))
+    notes = [f"{layer} is left alone: {reason}." for layer, reason in plan.skipped]
     if recipe.model.checkpoint is None:
-        console.print("- Weights are untrained: after training, other neurons go and layers may shrink differently.")
-    console.print(f"- {plan.removed} of {plan.neurons} neurons would go; {plan.dead} are dead.", highlight=False)
-    console.print(f"- Target {plan.kind}: {plan.requested:g} requested, {plan.achieved:.4f} achieved.", highlight=False)
-    for layer, reason in plan.skipped:
-        console.print(f"- {layer} is left alone: {reason}.", highlight=False, soft_wrap=True)
+        notes.append("Weights are untrained: after training, other neurons go and layers may shrink differently.")
+    _show(
+        layer_table(rows, f"{recipe.name}: what would be removed"),
+        f"- {plan.removed} of {plan.neurons} neurons would go; {plan.dead} are dead.",
+        f"- Target {plan.kind}: {plan.requested:g} requested, {plan.achieved:.4f} achieved.",
+        *(f"- {note}" for note in notes),
+    )
+    if missed is not None:
+        raise missed
     return DONE
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    from rich.console import Console
-
     from . import report
 
     folder = Path(arguments.folder)
@@ -222,21 +231,15 @@ def _report(arguments: argparse.Namespace) -> int:
                 f"{folder / 'report.json'}: expected the report of a run, found damage: {error!r}"
             ) from error
     else:
-        from .run import report_model
-
-        found, notes = report_model(folder, arguments.input, arguments.allow_import)
+        found, notes = report.report_model(folder, arguments.input, arguments.allow_import)
         tables = [report.layer_table(found["layers"], str(folder))]
-        text = "\n".join([*report.layer_markdown(found["layers"]), "", *(f"- {note}" for note in notes)]) + "\n"
+        text = "\n".join([*report.layer_markdown(found["layers"]), "", *(f"- {note}" for note in notes)])
     if arguments.format == "json":
-        print(json.dumps(found, indent=1))
+        _show(json.dumps(found, indent=1))
     elif arguments.format == "markdown":
-        print(text, end="")
+        _show(text.rstrip("\n"))
     else:
-        console = Console()
-        for table in tables:
-            console.print(table)
-        for note in notes:
-            console.print(f"- {note}", highlight=False, soft_wrap=True)
+        _show(*tables, *(f"- {note}" for note in notes))
     return DONE
 
 
@@ -246,14 +249,13 @@ def _recipes(arguments: argparse.Namespace) -> int:
 
     shipped = shipped_recipes()
     if arguments.name == "options":
-        print(option_reference(), end="")
+        _show(option_reference().rstrip("\n"))
     elif arguments.name is None:
         width = max(map(len, shipped))
-        for name, file in shipped.items():
-            print(f"{name:{width}}  {load_recipe(file).description}")
-        print("\ndnr recipes NAME prints one; dnr recipes options explains every option.")
+        listed = [f"{name:{width}}  {load_recipe(file).description}" for name, file in shipped.items()]
+        _show(*listed, "\ndnr recipes NAME prints one; dnr recipes options explains every option.")
     elif arguments.name in shipped:
-        print(shipped[arguments.name].read_text(encoding="utf-8"), end="")
+        _show(shipped[arguments.name].read_text(encoding="utf-8").rstrip("\n"))
     else:
         raise InputError(
             f"recipes: expected options or one of {', '.join(shipped)}, found {arguments.name!r}"
@@ -266,9 +268,5 @@ def _bench(arguments: argparse.Namespace) -> int:
     from .bench import overhead
 
     found = overhead(width=arguments.width, batch=arguments.batch, rounds=arguments.rounds, device=arguments.device)
-    if arguments.json:
-        print(json.dumps(found, indent=1))
-    else:
-        for line in found["lines"]:
-            print(line)
+    _show(json.dumps(found, indent=1) if arguments.json else "\n".join(found["lines"]))
     return DONE

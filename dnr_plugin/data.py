@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 
-from dnr_plugin.errors import InputError
+from dnr_plugin.errors import InputError, first_line
 from dnr_plugin.schema import DataOptions
 
 AUGMENTATIONS = ("flip", "crop", "cutout")
@@ -37,6 +37,7 @@ SHAPES = (
 
 # Images in the train and test split as published: what train_size and test_size may ask for.
 _SIZES = {"cifar10": (50_000, 10_000), "cifar100": (50_000, 10_000), "mnist": (60_000, 10_000)}
+_DRAWN = (5_000, 1_000)  # shapes, unless train_size and test_size say otherwise
 _FILES = {
     "cifar10": ("cifar-10-batches-py", (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch", "batches.meta")),
     "cifar100": ("cifar-100-python", ("train", "test", "meta")),
@@ -284,6 +285,11 @@ def data_shape(options: DataOptions) -> tuple[int, int, int]:
     return 100 if options.name == "cifar100" else 10, 3, options.image_size or 32
 
 
+def train_size(options: DataOptions) -> int | None:
+    """Number of training images, or None where only reading the folder tells."""
+    return options.train_size or {"shapes": _DRAWN, **_SIZES}.get(options.name, (None,))[0]
+
+
 def load_data(options: DataOptions, seed: int) -> Data:
     """Load, download or draw the data set that ``options`` names, and its subsets.
 
@@ -361,7 +367,9 @@ def _load_published(options: DataOptions, root: Path) -> Data:
         try:
             kind(root, train=True, download=True)
         except Exception as error:  # network, disk and checksum failures have no common type
-            raise InputError(f"data.download: expected to fetch {name} to {root}, failed: {_line(error)}") from error
+            raise InputError(
+                f"data.download: expected to fetch {name} to {root}, failed: {first_line(error)}"
+            ) from error
     damaged = _damaged(kind, root)
     try:
         if damaged:
@@ -378,7 +386,7 @@ def _load_published(options: DataOptions, root: Path) -> Data:
     except Exception as error:  # damaged files raise a dozen types: RuntimeError, ValueError, AssertionError, ...
         raise InputError(
             f"data.root: expected the files of {name} as published in {root / _FILES[name][0]}, found damaged ones "
-            f"({_line(error)}); remove them, and data.download: true would fetch them"
+            f"({first_line(error)}); remove them, and data.download: true would fetch them"
         ) from error
     mean, std = channel_statistics(images[0])
     train, test = (Images(i, y, mean, std) for i, y in zip(images, labels, strict=True))
@@ -503,7 +511,7 @@ class _Decoder(Dataset[Any]):
             with Image.open(path) as image:
                 rgb = image.convert("RGB")
         except Exception as error:
-            return f"data.root: expected an image, cannot read {path}: {_line(error)}"
+            return f"data.root: expected an image, cannot read {path}: {first_line(error)}"
         with torch.random.fork_rng(devices=[]):
             # Not torch.manual_seed, which would seed the GPUs of the calling process too.
             torch.default_generator.manual_seed(seed)
@@ -560,7 +568,7 @@ def _load_folder(options: DataOptions, root: Path) -> Data:
         try:
             found.append(datasets.ImageFolder(str(folder)))
         except FileNotFoundError as error:
-            raise InputError(f"data.root: expected images of every class in {folder}: {_line(error)}") from error
+            raise InputError(f"data.root: expected images of every class in {folder}: {first_line(error)}") from error
     workers = 2 if options.workers is None else options.workers
     train, test = (FolderImages(split.samples, side, workers) for split in found)
     return Data(train, test, len(found[0].classes), 3, side, list(found[0].classes))
@@ -651,13 +659,8 @@ def _load_shapes(options: DataOptions, seed: int) -> Data:
     side = options.image_size or 32
     drawn = [
         draw_shapes(size, side, derive_seed(seed, "shapes", split))
-        for split, size in (("train", options.train_size or 5000), ("test", options.test_size or 1000))
+        for split, size in (("train", options.train_size or _DRAWN[0]), ("test", options.test_size or _DRAWN[1]))
     ]
     mean, std = channel_statistics(drawn[0][0])
     train, test = (Images(images, labels, mean, std) for images, labels in drawn)
     return Data(train, test, len(SHAPES), 3, side, list(SHAPES))
-
-
-def _line(error: BaseException) -> str:
-    """The first line of an error's message, or its type where it has none."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

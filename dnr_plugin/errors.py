@@ -1,4 +1,4 @@
-"""The two errors that a caller is meant to tell apart; everything else is a bug or an environment failure."""
+"""The errors that a caller is meant to tell apart; everything else is a bug or a failure of the machine."""
 
 from __future__ import annotations
 
@@ -25,12 +25,21 @@ class TargetError(RuntimeError):
     Args:
         message: one line.
         closest: the value of the target's own measure that can be reached.
-        plan: the `removal.Plan` that reaches it.
+        plan: the `planning.Plan` that reaches it.
     """
 
     def __init__(self, message: str, closest: float, plan: Any = None) -> None:
         self.closest, self.plan = closest, plan
         super().__init__(message)
+
+
+class RunError(RuntimeError):
+    """A run failed underway, for a reason that one line can say. What it had finished can be resumed. Exit code 1."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type where it has none."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def did_you_mean(found: str, known: Iterable[str]) -> str:

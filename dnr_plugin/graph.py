@@ -15,12 +15,18 @@ from torch import Tensor, nn
 from torch_pruning import ops
 
 from .errors import InputError
+from .inputs import call, tensors
 from .observe import is_consumer, is_depthwise
 
 # Operations in which every channel depends on the others, so that a channel that is zero later is not without effect
 # earlier. By Torch-Pruning's node type, or by the autograd name of an elementwise node.
 _MIXING_TYPES = {ops.OPTYPE.LN: "LayerNorm", ops.OPTYPE.GN: "GroupNorm", ops.OPTYPE.LSTM: "LSTM"}
-_MIXING_GRADS = {"Softmax": "softmax", "NativeLayerNorm": "layer_norm", "LinalgVectorNorm": "a norm"}
+_MIXING_GRADS = {
+    "Softmax": "softmax",
+    "NativeGroupNorm": "group_norm",
+    "NativeLayerNorm": "layer_norm",
+    "LinalgVectorNorm": "a norm",
+}
 
 
 @dataclass(frozen=True)
@@ -81,13 +87,6 @@ def kept_modes(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
-
-
-def call(model: nn.Module, inputs: Any) -> Any:
-    """Calls a model with a tensor, a sequence of tensors or a dict of them."""
-    if isinstance(inputs, dict):
-        return model(**inputs)
-    return model(*inputs) if isinstance(inputs, list | tuple) else model(inputs)
 
 
 def uses(group: tp.dependency.Group) -> list[Use]:
@@ -189,18 +188,6 @@ def output_layers(model: nn.Module, example_inputs: Any) -> set[nn.Module]:
         for parameter in frozen:
             parameter.requires_grad_(False)
     return {module for (_, module), gradient in zip(owners.items(), gradients, strict=True) if gradient is not None}
-
-
-def tensors(value: Any) -> Iterator[Tensor]:
-    """Every tensor in a model's output, in order, through sequences, named tuples and dicts."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from tensors(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from tensors(item)
 
 
 def isomorphism_class(group: tp.dependency.Group) -> tuple[tuple[str, str, bool], ...]:

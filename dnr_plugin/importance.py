@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 import warnings
 from collections.abc import Callable, Iterator
@@ -186,6 +187,19 @@ class DyingNeuronImportance(tp.importance.Importance):  # type: ignore[misc]
         self.skipped.pop(root, None)
         followed.pending[root, group._DG.is_out_channel_pruning_fn(group[0].dep.handler)] = pending
         return found
+
+    @contextlib.contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """Forgets on leaving what was removed inside: for trials on a copy of the model."""
+        observer = self.observer
+        assert observer is not None
+        saved = {name: copy.copy(activity) for name, activity in observer.activities.items()}, dict(self._ids)
+        followed, self._followed = self._followed, {}
+        try:
+            yield
+        finally:
+            observer.activities, self._ids = saved
+            self._followed = followed
 
     def verdict(self, group: tp.dependency.Group) -> Verdict | None:
         """Which neurons of a group are silent, zero, constant and dead, or None where it has no observed consumer."""

@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 import torch_pruning as tp
-from torch import nn
+from torch import Tensor, nn
 
 from .costs import effect_per_neuron
 from .errors import InputError, did_you_mean
 from .graph import build_graph, channel_groups, output_layers
-from .measure import channels, one_sample
+from .inputs import one_sample
+from .measure import channels
 from .observe import is_depthwise
 
 
@@ -53,6 +54,10 @@ class Layer:
         """The neurons at these offsets of every block."""
         width = self.size // self.blocks
         return [block * width + offset for block in range(self.blocks) for offset in offsets]
+
+    def whole(self, marked: Tensor) -> Tensor:
+        """Of marked neurons, shape [size], those whose offset is marked in every block: only these can go."""
+        return marked.view(self.blocks, -1).all(0).repeat(self.blocks)
 
 
 def prunable_layers(

@@ -5,6 +5,7 @@ fvcore counts one multiply-add as one FLOP; every number of FLOPs in this packag
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
 from collections import Counter
@@ -14,7 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .graph import call, kept_modes
+from .graph import kept_modes
+from .inputs import call, one_sample
+
+# By type, since networks of all kinds carry attributes called in_channels or num_features.
+_CHANNELS: tuple[tuple[type[nn.Module], str, str], ...] = (
+    (nn.modules.conv._ConvNd, "in_channels", "out_channels"),
+    (nn.Linear, "in_features", "out_features"),
+    (nn.modules.batchnorm._NormBase, "num_features", "num_features"),
+    (nn.GroupNorm, "num_channels", "num_channels"),
+    (nn.MultiheadAttention, "embed_dim", "embed_dim"),
+)
 
 
 @dataclass(frozen=True)
@@ -63,15 +74,6 @@ class _Keywords(nn.Module):
 
     def forward(self, *values: Any) -> Any:
         return self.model(**dict(zip(self.names, values, strict=True)))
-
-
-def one_sample(inputs: Any) -> Any:
-    """The first sample of a tensor, or of each tensor in a sequence or dict."""
-    if isinstance(inputs, Tensor):
-        return inputs[:1]
-    if isinstance(inputs, dict):
-        return {key: one_sample(value) for key, value in inputs.items()}
-    return type(inputs)(one_sample(value) for value in inputs) if isinstance(inputs, list | tuple) else inputs
 
 
 def count_params(model: nn.Module) -> int:
@@ -124,13 +126,10 @@ def flop_report(model: nn.Module, example_inputs: Any) -> FlopReport:
 
 
 def channels(module: nn.Module) -> tuple[int, int]:
-    """Input and output channels (or features) of a module, 0 where it has none."""
-    for first, second in (("in_channels", "out_channels"), ("in_features", "out_features")):
-        if hasattr(module, first):
+    """Input and output channels (or features) of a layer, 0 for modules that are none of the layers known here."""
+    for kind, first, second in _CHANNELS:
+        if isinstance(module, kind):
             return int(getattr(module, first)), int(getattr(module, second))
-    for name in ("num_features", "num_channels", "embed_dim"):
-        if hasattr(module, name):
-            return int(getattr(module, name)), int(getattr(module, name))
     if isinstance(module, nn.LayerNorm):
         return int(module.normalized_shape[-1]), int(module.normalized_shape[-1])
     return 0, 0
@@ -155,20 +154,15 @@ def latencies(models: list[nn.Module], inputs: Any, *, seconds: float = 2.0, war
             torch.cuda.synchronize(device)
         return time.perf_counter() - start
 
-    with torch.no_grad():
-        saved = [[module.training for module in model.modules()] for model in models]
+    with torch.no_grad(), contextlib.ExitStack() as modes:
         for model in models:
+            modes.enter_context(kept_modes(model))
             model.eval()
-        try:
-            for _ in range(warmup):
-                for model in models:
-                    run(model)
-            end = time.perf_counter() + seconds
-            while time.perf_counter() < end or len(times[0]) < 5:
-                for model, measured in zip(models, times, strict=True):
-                    measured.append(run(model))
-        finally:
-            for model, modes in zip(models, saved, strict=True):
-                for module, training in zip(model.modules(), modes, strict=True):
-                    module.training = training
+        for _ in range(warmup):
+            for model in models:
+                run(model)
+        end = time.perf_counter() + seconds
+        while time.perf_counter() < end or len(times[0]) < 5:
+            for model, measured in zip(models, times, strict=True):
+                measured.append(run(model))
     return [statistics.median(measured) for measured in times]

@@ -19,7 +19,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from dnr_plugin.errors import InputError, did_you_mean
+from dnr_plugin.errors import InputError, did_you_mean, first_line
 from dnr_plugin.schema import ModelOptions
 
 Activation = Literal["relu", "leaky_relu", "silu", "gelu"]
@@ -365,7 +365,9 @@ def _read_checkpoint(path: Path) -> Any:
             "not run; save model.state_dict() instead"
         ) from error
     except Exception as error:  # damaged files raise a dozen types: KeyError, EOFError, RuntimeError, ...
-        raise InputError(f"model.checkpoint: {path}: cannot be read, the file is damaged ({_line(error)})") from error
+        raise InputError(
+            f"model.checkpoint: {path}: cannot be read, the file is damaged ({first_line(error)})"
+        ) from error
 
 
 def _state_dict(content: Any, path: Path) -> dict[str, Tensor]:
@@ -424,7 +426,10 @@ def _option_problems(options: ModelOptions) -> list[str]:
     try:
         json.dumps(options.kwargs)
     except (TypeError, ValueError) as error:
-        return [*problems, f"model.kwargs: expected plain values (numbers, strings, lists, mappings): {_line(error)}"]
+        return [
+            *problems,
+            f"model.kwargs: expected plain values (numbers, strings, lists, mappings): {first_line(error)}",
+        ]
     if reserved := [key for key in _RESERVED if key in options.kwargs and (":" not in name or key == "num_classes")]:
         instead = {"num_classes": "model.num_classes", "progress": "nothing"}
         return problems + [
@@ -464,7 +469,7 @@ def _build_torchvision(name: str, kwargs: Mapping[str, Any]) -> nn.Module:
         raise
     except Exception as error:
         given = {key: value for key, value in kwargs.items() if key != "num_classes"}
-        raise InputError(f"model.kwargs: {name} refuses {_short(given)}: {_line(error)}") from error
+        raise InputError(f"model.kwargs: {name} refuses {_short(given)}: {first_line(error)}") from error
     return model
 
 
@@ -493,7 +498,7 @@ def _user_function(name: str) -> Callable[..., Any]:
         parents = [".".join(module_name.split(".")[: i + 1]) for i in range(module_name.count(".") + 1)]
         if isinstance(error, ModuleNotFoundError) and error.name in parents:
             raise InputError(f"model.name: no module {error.name!r} on the Python path or in {os.getcwd()}") from error
-        what = f"{type(error).__name__}: {_line(error)}"
+        what = f"{type(error).__name__}: {first_line(error)}"
         raise InputError(f"model.name: importing {module_name} raised {what}") from error
     function = getattr(module, function_name, None)
     if not callable(function):
@@ -532,7 +537,7 @@ def _user_problems(options: ModelOptions) -> list[str]:
     try:
         signature.bind(**options.kwargs, **({"num_classes": 2} if takes else {}))
     except TypeError as error:
-        return [f"model.kwargs: {options.name}{signature} refuses {_short(options.kwargs)}: {_line(error)}"]
+        return [f"model.kwargs: {options.name}{signature} refuses {_short(options.kwargs)}: {first_line(error)}"]
     return []
 
 
@@ -542,7 +547,7 @@ def _build_user(name: str, kwargs: Mapping[str, Any]) -> nn.Module:
         with _importable_here():
             model = function(**kwargs)
     except Exception as error:
-        raise InputError(f"model.name: {name} raised {type(error).__name__}: {_line(error)}") from error
+        raise InputError(f"model.name: {name} raised {type(error).__name__}: {first_line(error)}") from error
     if not isinstance(model, nn.Module):
         raise InputError(f"model.name: expected a torch.nn.Module from {name}, it returned {_short(model)}")
     return model
@@ -551,11 +556,6 @@ def _build_user(name: str, kwargs: Mapping[str, Any]) -> nn.Module:
 def _remember(model: nn.Module, name: str, kwargs: Mapping[str, Any]) -> None:
     # A copy through JSON: the description must not change when the caller's mapping does.
     setattr(model, "dnr_builder", json.loads(json.dumps({"name": name, "kwargs": dict(kwargs)})))  # noqa: B010
-
-
-def _line(error: BaseException) -> str:
-    """The first line of an error's message, or its type where it has none."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def _short(value: Any) -> str:

@@ -172,7 +172,7 @@ def plan_removal(
     dense = dense or baseline(model, example_inputs, keep_model=kind == "latency")
     layers, skipped, neurons = prunable_layers(model, example_inputs, limits, dense.sizes)
     zero: dict[str, Tensor] = {}
-    dead = 0
+    dead_in: dict[str, int] = {}
     steps: list[_Step] = []
     for index, layer in enumerate(layers):
         verdict = importance.verdict(layer.group) if isinstance(importance, DyingNeuronImportance) else None
@@ -183,8 +183,9 @@ def plan_removal(
             continue
         is_dead = verdict.dead if verdict is not None else torch.zeros(layer.size, dtype=torch.bool)
         if verdict is not None:
-            zero[layer.name] = verdict.zero if inexact_reason(layer.group) is None else torch.zeros_like(verdict.zero)
-            dead += int(verdict.dead.sum())
+            if inexact_reason(layer.group) is None:
+                zero[layer.name] = layer.whole(verdict.zero)
+            dead_in[layer.name] = int(verdict.dead.sum())
         steps += _layer_steps(index, layer, scores, is_dead)
     steps = _ordered(steps, layers, scope)
 
@@ -220,6 +221,13 @@ def plan_removal(
         if kind == "dead":
             count = sum(step.dead for step in steps)
             achieved = predicted[count]
+            taken_from = removals(count)
+            for name, number in dead_in.items():
+                stay = number - len(taken_from.get(name, []))
+                if stay:
+                    skipped.append(
+                        (name, f"{stay} of {number} dead neurons stay: round_to, max_pruning_ratio or channel groups")
+                    )
         elif kind == "latency":
             count, achieved = _bisect(len(steps), value, measured)
         else:
@@ -234,7 +242,7 @@ def plan_removal(
         achieved,
         neurons,
         dense.neurons,
-        dead if isinstance(importance, DyingNeuronImportance) else None,
+        sum(dead_in.values()) if isinstance(importance, DyingNeuronImportance) else None,
         {name: [i for i in gone if name in zero and zero[name][i]] for name, gone in chosen.items()},
         skipped,
         {layer.name: layer.size for layer in layers},

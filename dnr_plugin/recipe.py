@@ -14,6 +14,7 @@ import yaml
 from pydantic import ValidationError
 
 from dnr_plugin.errors import InputError, did_you_mean
+from dnr_plugin.files import atomic_write
 from dnr_plugin.schema import Recipe
 
 MAX_BYTES = 2**20
@@ -367,7 +368,8 @@ def write_recipe(recipe: Recipe, path: str | os.PathLike[str]) -> None:
         path: the file; replaced if it exists.
     """
     text = yaml.dump(recipe.model_dump(), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
-    Path(path).write_text(text, encoding="utf-8")
+    with atomic_write(path) as file:
+        file.write(text)
 
 
 def _leaves(value: dict[str, Any], prefix: str = "") -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -10,12 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .batchnorm import batch_inputs, can_fold, fold_means
+from .batchnorm import can_fold, fold_means
 from .errors import InputError
-from .graph import build_graph, call, inexact_reason, kept_modes, tensors
+from .graph import build_graph, inexact_reason, kept_modes
 from .importance import DyingNeuronImportance
+from .inputs import batch_inputs, call, tensors
 from .layers import Limits, prunable_layers
+from .measure import count_params
 from .optimizer import follow_optimizer
+
+# Largest relative difference of the outputs that float32 rounding explains, with room for deep networks.
+EXACT_TOLERANCE = 1e-4
 
 
 def prune_neurons(
@@ -29,7 +35,7 @@ def prune_neurons(
 ) -> int:
     """Physically removes neurons and everything in their dependency groups.
 
-    Afterwards modes, ``requires_grad`` and gradients are as they were, on the new shapes.
+    Afterwards modes, ``requires_grad``, gradients and the memory format are as they were, on the new shapes.
 
     Args:
         model: changed in place.
@@ -48,6 +54,7 @@ def prune_neurons(
     if fold and importance is None:
         raise ValueError("fold: expected an importance, whose statistics hold the means, found none")
     modules = dict(model.named_modules())
+    channels_last = [name for name, p in model.named_parameters() if _is_channels_last(p)]
     folded = 0
     with follow_optimizer(optimizer, model):
         graph = build_graph(model, example_inputs)
@@ -64,7 +71,14 @@ def prune_neurons(
                 if fold:
                     folded += sum(what in ("bias", "BatchNorm") for _, what, _ in fold_means(graph, evidence))
             group.prune()
+    for name in channels_last:
+        parameter = model.get_parameter(name)
+        parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
     return folded
+
+
+def _is_channels_last(value: Tensor) -> bool:
+    return value.dim() == 4 and not value.is_contiguous() and value.is_contiguous(memory_format=torch.channels_last)
 
 
 @dataclass
@@ -141,10 +155,11 @@ def remove_dead_neurons(
     samples = min(activity.samples for activity in observer.activities.values())
     if samples < min_samples:
         raise InputError(f"calibration: expected at least {min_samples} samples to judge death on, found {samples}")
-    params_before = sum(p.numel() for p in model.parameters())
+    params_before = count_params(model)
     layers, skipped, neurons = prunable_layers(model, example_inputs, Limits(ignored), {})
     removals: dict[str, list[int]] = {}
-    zero = constant = dead = 0
+    zero: dict[str, int] = {}
+    dead = 0
     left: list[tuple[str, int, str]] = []
     for layer in layers:
         verdict = importance.verdict(layer.group)
@@ -167,26 +182,55 @@ def remove_dead_neurons(
         ):
             if stays.any():
                 left.append((layer.name, int(stays.sum()), why))
-        whole = exact.view(layer.blocks, -1).all(0)
-        if whole.all():  # a layer that is dead altogether keeps one channel in each block
-            whole[0] = False
-        taken = whole.repeat(layer.blocks)
+        taken = layer.whole(exact)
+        if taken.all():  # a layer that is dead altogether keeps one channel in each block
+            taken[layer.neurons([0])] = False
         if int((exact & ~taken).sum()):
             blocked = "the layer keeps one" if layer.blocks == 1 else "their channel groups are not dead as a whole"
             left.append((layer.name, int((exact & ~taken).sum()), blocked))
         if taken.any():
             removals[layer.name] = taken.nonzero().flatten().tolist()
-            zero += int((taken & verdict.zero).sum())
-            constant += int((taken & ~verdict.zero).sum())
+            zero[layer.name] = int((taken & verdict.zero).sum())
+    for name in _changing(model, example_inputs, removals, importance, probe, before):
+        left.append((name, len(removals.pop(name)), "removal would change the outputs: something mixes the channels"))
+        del zero[name]
     prune_neurons(model, example_inputs, removals, importance=importance, fold=True, optimizer=optimizer)
     with kept_modes(model), torch.no_grad():
         model.eval()
         after = list(tensors(call(model, probe)))
     absolute, relative = output_difference(before, after)
+    removed, exactly_zero = sum(map(len, removals.values())), sum(zero.values())
     return DeadNeuronReport(
-        removals, zero + constant, neurons, zero, constant, dead, absolute, relative, samples, left,
-        params_before, sum(p.numel() for p in model.parameters()),
+        removals, removed, neurons, exactly_zero, removed - exactly_zero, dead, absolute, relative, samples, left,
+        params_before, count_params(model),
     )  # fmt: skip
+
+
+def _changing(
+    model: nn.Module,
+    example_inputs: Any,
+    removals: Mapping[str, Sequence[int]],
+    importance: DyingNeuronImportance,
+    probe: Any,
+    before: Sequence[Tensor],
+) -> list[str]:
+    """Layers whose dead neurons still matter, tried on a copy.
+
+    What mixes channels ahead of the consumer (a sum or a mean over channels, say) cannot be listed by name.
+    """
+
+    def changes(chosen: Mapping[str, Sequence[int]]) -> bool:
+        trial = copy.deepcopy(model)
+        with importance.unchanged():
+            prune_neurons(trial, example_inputs, chosen, importance=importance, fold=True)
+        trial.eval()
+        with torch.no_grad():
+            after = list(tensors(call(trial, probe)))
+        return output_difference(before, after)[1] > EXACT_TOLERANCE
+
+    if not removals or not changes(removals):
+        return []
+    return [name for name, gone in removals.items() if changes({name: gone})] or list(removals)
 
 
 def output_difference(before: Sequence[Tensor], after: Sequence[Tensor]) -> tuple[float, float]:

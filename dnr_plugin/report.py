@@ -1,4 +1,4 @@
-"""Turns the figures of a run, or of a model, into JSON, Markdown, HTML, terminal tables and plots; measures nothing."""
+"""Turns the figures of a run, or of a saved model, into JSON, Markdown, HTML, terminal tables and plots."""
 
 from __future__ import annotations
 
@@ -9,8 +9,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .checkpoint import atomic_write
-from .measure import FlopReport
+import torch
+
+from .checkpoint import ARCHITECTURE, load_pruned
+from .errors import InputError
+from .files import atomic_write
+from .measure import FlopReport, flop_report
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -37,6 +41,50 @@ def layer_rows(dense: FlopReport, pruned: FlopReport) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def report_model(folder: Path, shape: str | None, allow_import: bool) -> tuple[dict[str, Any], list[str]]:
+    """FLOPs and parameters per layer of a saved model against the dense model it came from, with notes.
+
+    Args:
+        folder: written by `checkpoint.save_pruned`.
+        shape: "3x32x32", or None for what the builder says.
+        allow_import: see `checkpoint.load_pruned`.
+
+    Raises:
+        InputError: the folder holds no model, or the model does not take such images.
+    """
+    from .checks import check_forward
+    from .models import rebuild
+
+    model = load_pruned(folder, allow_import)
+    builder = json.loads((folder / ARCHITECTURE).read_text())["builder"]
+    kwargs = builder["kwargs"]
+    given = shape or f"{kwargs.get('in_channels', 3)}x" + "x".join([str(kwargs.get("image_size", 224))] * 2)
+    try:
+        sizes = [int(side) for side in given.split("x")]
+    except ValueError:
+        sizes = []
+    if len(sizes) != 3 or min(sizes) < 1:
+        raise InputError(f"--input: expected CxHxW such as 3x224x224, found {given!r}")
+    example = torch.zeros(1, *sizes)
+    check_forward(model, example, 1)
+    dense, pruned = flop_report(rebuild(builder, allow_import), example), flop_report(model, example)
+    found = {
+        "builder": builder,
+        "dense": {"params": dense.params, "flops": dense.flops},
+        "pruned": {"params": pruned.params, "flops": pruned.flops},
+        "kept": {"params": pruned.params / dense.params, "flops": pruned.flops / dense.flops},
+        "layers": layer_rows(dense, pruned),
+        "unsupported_ops": pruned.unsupported_ops,
+    }
+    uncounted = ", ".join(pruned.unsupported_ops) or "nothing"
+    notes = [
+        f"Kept {100 * found['kept']['params']:.2f} % of the parameters and {100 * found['kept']['flops']:.2f} % of the "
+        f"FLOPs for an image of {given}.",
+        f"Not counted by fvcore: {uncounted}. {NOTE}",
+    ]
+    return found, notes
 
 
 def _percent(share: float | None) -> str:

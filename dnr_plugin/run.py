@@ -7,6 +7,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,24 +17,26 @@ from torch import Tensor, nn
 from . import checkpoint, report
 from .batchnorm import recalibrate_batchnorm
 from .checks import (
-    check_batches,
     check_folder,
     check_forward,
     check_ranks,
-    check_score,
+    check_recipe,
+    check_sizes,
     check_space,
-    example_inputs,
+    example_image,
     limits_of,
 )
 from .data import Data, derive_seed, load_data
 from .environment import device_name, pick_device, placed, versions
-from .errors import InputError, TargetError
-from .graph import call, kept_modes, tensors
+from .errors import InputError, RunError, TargetError
+from .files import atomic_write
+from .graph import kept_modes
 from .importance import DyingNeuronImportance
+from .inputs import call, tensors
 from .layers import Limits
 from .measure import flop_report, latencies
-from .models import build_model, rebuild
-from .planning import KEPT_TARGETS, Baseline, Plan, baseline, check_target, plan_removal
+from .models import build_model
+from .planning import KEPT_TARGETS, Baseline, Plan, baseline, plan_removal
 from .recipe import write_recipe
 from .removal import output_difference, prune_neurons
 from .schema import Recipe
@@ -42,6 +45,7 @@ from .train import Progress, Trainer, evaluate
 Track = Callable[[Iterable[Any], int, str], Iterable[Any]]
 
 _BATCH = 250  # images per step where nothing is learned: observing, recalibrating
+_TIMED = 8  # images per forward pass where latency is measured
 
 
 def _quiet(items: Iterable[Any], total: int, what: str) -> Iterable[Any]:
@@ -62,7 +66,8 @@ def run_recipe(
         recipe: from `recipe.load_recipe`.
         output: the folder; ``runs/<name>`` by default.
         resume: go on with what lies in the folder. A run that was killed goes on after its last finished epoch and ends
-            as if it had not been; a finished one is only read.
+            as if it had not been; a finished one is only read. The recipe must be the same, but for ``prune`` and
+            ``finetune`` if the run has not come to these.
         device: "auto", "cpu" or "cuda".
         track: wraps an iterable for display, with its length and a description.
 
@@ -72,7 +77,7 @@ def run_recipe(
 
     Raises:
         InputError: recipe, data, folder or target cannot be used; nothing was written.
-        DivergedError: the loss became NaN.
+        RunError: the run failed underway: the loss became NaN (`DivergedError`), an image cannot be read.
     """
     check_ranks()
     folder = Path(output) if output is not None else Path("runs") / recipe.name
@@ -80,19 +85,21 @@ def run_recipe(
     if finished is not None:
         return finished
     run = prepared(recipe, folder, pick_device(device), track)
-    check_target(run.model, run.example, recipe.prune.target.kind, recipe.prune.target.value, run.limits, run.dense)
     check_space(folder, run.model)
-    return run.go(resume)
+    try:
+        return run.go(resume)
+    except InputError as error:  # the folder has been written to by now
+        raise RunError(str(error)) from error
 
 
 def prepared(recipe: Recipe, folder: Path, device: torch.device, track: Track) -> _Run:
     """Loads the data, builds the model and checks that they fit each other and the recipe."""
-    check_score(recipe)
+    check_recipe(recipe)
     torch.manual_seed(derive_seed(recipe.seed, "weights"))
     data = load_data(recipe.data, recipe.seed)
-    check_batches(recipe, data)
+    check_sizes(recipe, len(data.train))
     model = build_model(recipe.model, data.num_classes, data.in_channels, data.image_size)
-    example = example_inputs(data.in_channels, data.image_size)
+    example = example_image(data.in_channels, data.image_size)
     check_forward(model, example, data.num_classes)
     dense = baseline(model, example)
     return _Run(recipe, folder, device, data, model, example, limits_of(recipe), dense, track)
@@ -125,8 +132,10 @@ class _Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         write_recipe(self.recipe, self.folder / "recipe.yaml")
         state = self.restore() if resume else None
-        if state is None:
-            self.events.write_text("")
+        self.write_events(
+            "" if state is None else state["events"]
+        )  # not what a killed epoch wrote after its checkpoint
+        self.architecture = json.dumps(checkpoint.describe(self.model))
         if self.stage == "train":
             self.train("train", state)
             self.results["dense_accuracy"] = self.accuracy()
@@ -135,6 +144,7 @@ class _Run:
         if self.stage == "prune":
             with self.timed("prune"):
                 self.prune()
+            self.architecture = json.dumps(checkpoint.describe(self.model))
             self.stage, self.epoch = "finetune", 0
             self.save()
             state = None
@@ -170,17 +180,11 @@ class _Run:
         target = options.target
         steps = options.steps
         done: dict[str, Any] = {"skipped": [], "exact_neurons": 0, "max_abs_diff": 0.0, "reached": True}
-        if target.kind == "latency":
-            self.dense = baseline(self.model, self.example, keep_model=True)
         for step in range(1, steps + 1):
             importance = self.importance()
             self.observe(importance)
-            value = step_value(target.kind, target.value, step, steps)
             try:
-                plan = plan_removal(
-                    self.model, self.example, importance, target.kind, value,
-                    scope=options.scope, limits=self.limits, dense=self.dense,
-                )  # fmt: skip
+                plan = self.plan(importance, step_value(target.kind, target.value, step, steps))
             except TargetError as error:
                 plan, done["reached"] = error.plan, False
             if step == 1:
@@ -191,6 +195,19 @@ class _Run:
                 break
         self.results["removal"] = done
         self.results["accuracy_before_finetune"] = self.accuracy()
+
+    def plan(self, importance: DyingNeuronImportance, value: float) -> Plan:
+        options = self.recipe.prune
+        if options.target.kind != "latency":
+            inputs = self.example
+        else:
+            inputs = self.timed_images()
+            if self.dense.model is None:
+                self.dense = baseline(self.model, self.example, keep_model=True)
+        return plan_removal(
+            self.model, inputs, importance, options.target.kind, value,
+            scope=options.scope, limits=self.limits, dense=self.dense,
+        )  # fmt: skip
 
     def importance(self) -> DyingNeuronImportance:
         options = self.recipe.prune
@@ -278,26 +295,26 @@ class _Run:
         (self.folder / "checkpoint.pt").unlink(missing_ok=True)
         return data
 
+    def timed_images(self) -> Tensor:
+        return self.example.expand(_TIMED, -1, -1, -1).contiguous()
+
     def latency(self) -> dict[str, Any]:
         dense = build_model(
             self.recipe.model.model_copy(update={"checkpoint": None}),
             self.data.num_classes, self.data.in_channels, self.data.image_size,
         )  # fmt: skip
-        batch = 8
-        images = self.example.expand(batch, -1, -1, -1).contiguous()
-        before, after = latencies([placed(dense, self.device), self.model], images)
-        return {"batch": batch, "dense_ms": 1e3 * before, "pruned_ms": 1e3 * after, "ratio": after / before}
+        before, after = latencies([placed(dense, self.device), self.model], self.timed_images())
+        return {"batch": _TIMED, "dense_ms": 1e3 * before, "pruned_ms": 1e3 * after, "ratio": after / before}
 
     def calibration(self, samples: int, what: str) -> Iterator[Tensor]:
         """The first training images in an order of the seed, not augmented."""
         left = min(samples, len(self.train_images))
         seed = derive_seed(self.recipe.seed, "calibration")
-        batches = self.train_images.batches(min(_BATCH, left), seed=seed)
-        for images, _ in self.track(batches, -(-left // _BATCH), what):
+        steps = -(-left // _BATCH)
+        batches = self.train_images.batches(-(-left // steps), seed=seed)  # equal ones: BatchNorm fails on one image
+        for images, _ in self.track(islice(batches, steps), steps, what):
             yield images[:left]
             left -= len(images)
-            if left <= 0:
-                return
 
     def outputs(self, images: Tensor) -> list[Tensor]:
         with kept_modes(self.model), torch.no_grad():
@@ -320,13 +337,17 @@ class _Run:
         with self.events.open("a") as file:
             file.write(json.dumps(event) + "\n")
 
+    def write_events(self, text: str) -> None:
+        with atomic_write(self.events) as file:
+            file.write(text)
+
     def save(self, trainer: Trainer | None = None) -> None:
         state = {
             "stage": self.stage,
             "epoch": self.epoch,
             "results": self.results,
-            "events": self.events.stat().st_size,
-            "architecture": json.dumps(checkpoint.describe(self.model)),
+            "events": self.events.read_text(),
+            "architecture": self.architecture,
             "model": self.model.state_dict(),
             "random": torch.get_rng_state(),
         }
@@ -347,7 +368,6 @@ class _Run:
         self.model = checkpoint.build(json.loads(state["architecture"]), allow_import=True)
         self.model.load_state_dict(state["model"])
         self.model = placed(self.model, self.device)
-        os.truncate(self.events, state["events"])  # what a killed epoch wrote after its checkpoint
         return state
 
 
@@ -370,62 +390,25 @@ def step_value(kind: str, value: float, step: int, steps: int) -> float:
     return value * step / steps
 
 
-def plan_recipe(recipe: Recipe, device: str = "auto", track: Track = _quiet) -> tuple[Plan, list[dict[str, Any]]]:
-    """What a recipe would remove from its model as it is now, in one step, and the layers before and after.
+def plan_recipe(
+    recipe: Recipe, device: str = "auto", track: Track = _quiet
+) -> tuple[Plan, list[dict[str, Any]], TargetError | None]:
+    """What a recipe would remove from its model as it is now, in one step; writes nothing.
+
+    Returns:
+        The plan, the layers before and after, and the error where the target cannot be reached: then the plan is the
+        closest.
 
     Raises:
         InputError: as `run_recipe`.
-        TargetError: the target cannot be reached.
     """
     run = prepared(recipe, Path(os.devnull), pick_device(device), track)
     importance = run.importance()
     run.observe(importance)
-    target = recipe.prune.target
-    dense = baseline(run.model, run.example, keep_model=target.kind == "latency")
-    plan = plan_removal(
-        run.model, run.example, importance, target.kind, target.value,
-        scope=recipe.prune.scope, limits=run.limits, dense=dense,
-    )  # fmt: skip
-    prune_neurons(run.model, run.example, plan.removals)
-    return plan, report.layer_rows(dense.report, flop_report(run.model, run.example))
-
-
-def report_model(folder: Path, shape: str | None, allow_import: bool) -> tuple[dict[str, Any], list[str]]:
-    """FLOPs and parameters per layer of a saved model against the dense model it came from, with notes.
-
-    Args:
-        folder: written by `checkpoint.save_pruned`.
-        shape: "3x32x32", or None for what the builder says.
-        allow_import: see `checkpoint.load_pruned`.
-
-    Raises:
-        InputError: the folder holds no model, or the model does not take such images.
-    """
-    model = checkpoint.load_pruned(folder, allow_import)
-    builder = json.loads((folder / checkpoint.ARCHITECTURE).read_text())["builder"]
-    kwargs = builder["kwargs"]
-    given = shape or f"{kwargs.get('in_channels', 3)}x" + "x".join([str(kwargs.get("image_size", 224))] * 2)
+    missed = None
     try:
-        sizes = [int(side) for side in given.split("x")]
-    except ValueError:
-        sizes = []
-    if len(sizes) != 3 or min(sizes) < 1:
-        raise InputError(f"--input: expected CxHxW such as 3x224x224, found {given!r}")
-    example = torch.zeros(1, *sizes)
-    check_forward(model, example, 1)
-    dense, pruned = flop_report(rebuild(builder, allow_import), example), flop_report(model, example)
-    found = {
-        "builder": builder,
-        "dense": {"params": dense.params, "flops": dense.flops},
-        "pruned": {"params": pruned.params, "flops": pruned.flops},
-        "kept": {"params": pruned.params / dense.params, "flops": pruned.flops / dense.flops},
-        "layers": report.layer_rows(dense, pruned),
-        "unsupported_ops": pruned.unsupported_ops,
-    }
-    uncounted = ", ".join(pruned.unsupported_ops) or "nothing"
-    notes = [
-        f"Kept {100 * found['kept']['params']:.2f} % of the parameters and {100 * found['kept']['flops']:.2f} % of the "
-        f"FLOPs for an image of {given}.",
-        f"Not counted by fvcore: {uncounted}. {report.NOTE}",
-    ]
-    return found, notes
+        plan = run.plan(importance, recipe.prune.target.value)
+    except TargetError as error:
+        plan, missed = error.plan, error
+    prune_neurons(run.model, run.example, plan.removals)
+    return plan, report.layer_rows(run.dense.report, flop_report(run.model, run.example)), missed

@@ -109,7 +109,7 @@ class TargetOptions(Section):
     flops: float | None = Field(default=None, gt=0.0, lt=1.0, description="share of the FLOPs that is kept")
     params: float | None = Field(default=None, gt=0.0, lt=1.0, description="share of the parameters that is kept")
     latency: float | None = Field(
-        default=None, gt=0.0, lt=1.0, description="share of the measured latency that is kept"
+        default=None, gt=0.0, lt=1.0, description="share of the latency of a batch of 8 that is kept, measured"
     )
     neuron_sparsity: float | None = Field(
         default=None, gt=0.0, lt=1.0, description="share of the neurons that is removed"
@@ -173,7 +173,11 @@ class PruneOptions(Section):
     round_to: int | None = Field(default=None, ge=2, description="keep a multiple of this many channels in every layer")
     max_pruning_ratio: float = Field(default=0.9, gt=0.0, le=1.0, description="largest share taken from one layer")
     ignored: list[str] = Field(default=[], description="layers left alone, by name or shell pattern (layer4.*)")
-    fold: bool = Field(default=True, description="move a removed neuron's mean into the next bias or BatchNorm")
+    fold: bool = Field(
+        default=True,
+        description="move a removed neuron's mean into the next bias or BatchNorm; where recalibrate follows, it takes "
+        "the place of this behind a BatchNorm",
+    )
     recalibrate: int = Field(
         default=2048, ge=0, description="training images on which BatchNorm statistics are taken anew; 0: none"
     )
@@ -183,6 +187,8 @@ class PruneOptions(Section):
     def _dead_at_once(self) -> PruneOptions:
         if self.target.dead and self.steps > 1:
             raise ValueError(f"steps: expected 1 with target dead, which has no steps, found {self.steps}")
+        if self.steps > 1 and self.recalibrate == 0:
+            raise ValueError("recalibrate: expected above 0 with several steps, which observe in between, found 0")
         return self
 
 

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .data import ImageSource, derive_seed
+from .errors import RunError
+from .graph import kept_modes
 from .schema import TrainOptions
 
 # Losses wait on the device for this many steps before anyone looks at them.
@@ -22,7 +24,7 @@ _CHECK_EVERY = 50
 Progress = Callable[[Iterable[Any], int], Iterable[Any]]
 
 
-class DivergedError(RuntimeError):
+class DivergedError(RunError):
     """The loss became NaN or infinite; the message names epoch, step and learning rate."""
 
 
@@ -155,16 +157,13 @@ def _optimizer(model: nn.Module, options: TrainOptions) -> torch.optim.Optimizer
 
 @torch.no_grad()
 def evaluate(model: nn.Module, images: ImageSource, batch_size: int = 500, progress: Progress | None = None) -> float:
-    """Share of images classified right, in [0, 1], in eval mode; the mode is restored."""
-    training = model.training
-    model.eval()
+    """Share of images classified right, in [0, 1], in eval mode; modes are restored."""
     right = torch.zeros((), dtype=torch.int64)
-    try:
-        batches: Iterable[tuple[Tensor, Tensor]] = images.batches(batch_size)
-        if progress is not None:
-            batches = progress(batches, -(-len(images) // batch_size))
+    batches: Iterable[tuple[Tensor, Tensor]] = images.batches(batch_size)
+    if progress is not None:
+        batches = progress(batches, -(-len(images) // batch_size))
+    with kept_modes(model):
+        model.eval()
         for batch, labels in batches:
             right = right.to(batch.device) + (model(batch).argmax(1) == labels).sum()
-    finally:
-        model.train(training)
     return int(right) / len(images)

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dnr_plugin.batchnorm import batch_inputs, fold_means, recalibrate_batchnorm
+from dnr_plugin.batchnorm import fold_means, recalibrate_batchnorm
 from dnr_plugin.graph import build_graph, kept_modes
 from dnr_plugin.importance import DyingNeuronImportance
+from dnr_plugin.inputs import batch_inputs
 
 torch.set_num_threads(1)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 import yaml
 from conftest import ROOT, TINY
 
+from dnr_plugin import planning
 from dnr_plugin.checkpoint import save_pruned
 from dnr_plugin.cli import main
 from dnr_plugin.models import build_model
@@ -51,6 +53,7 @@ def _refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         ("nothing.here=1", "nothing: "),
         ("prune.ignored=[conv1, layer1, layer2, layer3]", "prune.target.flops: expected at least 0."),
         ("train={epochs: 1, optimizer: adam, momentum: 0.5}", "train.momentum: expected nothing for adam, found 0.5"),
+        ("prune={target: {flops: 0.5}, steps: 2, recalibrate: 0}", "prune.recalibrate: expected above 0 with several"),
         ("prune={target: {dead: true}, steps: 2}", "prune.steps: expected 1 with target dead"),
         ("model={name: torch.nn:Identity}", "model: expected scores of shape [N, 10], found [1, 3, 16, 16]"),
         ("model={name: 'torch.nn:Nowhere'}", "model.name: expected a function 'Nowhere' in torch.nn"),
@@ -87,12 +90,11 @@ def test_all_problems_come_at_once_with_file_and_line(tmp_path: Path, capsys: py
 
 
 def test_batches_larger_than_the_data(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    message = _refused(
-        capsys, "run", str(tiny), "--output", str(tmp_path / "run"), "--set", "train.batch_size=193",
-        "--set", "prune.observe={samples: 300, min_samples: 193}",
-    )  # fmt: skip
-    assert "train.batch_size: expected at most 192, the number of training images, found 193" in message
-    assert "prune.observe.min_samples: expected at most 192" in message
+    bad = ["--set", "train.batch_size=193", "--set", "prune.observe={samples: 300, min_samples: 193}"]
+    for command in (["run", "--output", str(tmp_path / "run")], ["check"]):
+        message = _refused(capsys, *command, str(tiny), *bad)
+        assert "train.batch_size: expected at most 192, the number of training images, found 193" in message
+        assert "prune.observe.min_samples: expected at most 192" in message
     assert not (tmp_path / "run").exists()
 
 
@@ -204,9 +206,29 @@ def test_help_names_every_command_and_exit_code(capsys: pytest.CaptureFixture[st
 
 
 def test_a_pipe_that_closes_early_is_no_error() -> None:
-    command = f"{sys.executable} -m dnr_plugin recipes options | head -n 1"
-    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, cwd=ROOT)
-    assert (done.returncode, done.stderr) == (0, "")
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    for command in ("recipes options", "plan recipes/quickstart.yaml --set data.train_size=1600 --device cpu"):
+        line = f"{sys.executable} -m dnr_plugin {command} | true; exit ${{PIPESTATUS[0]}}"
+        done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, cwd=ROOT, env=environment)
+        assert (done.returncode, done.stderr) == (0, ""), command
+
+
+def test_whole_numbers_of_the_benchmark_are_checked(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(["bench", "overhead", "--rounds", "0"])
+    assert left.value.code == 2
+    assert "expected a whole number of at least 1, found '0'" in capsys.readouterr().err
+
+
+def test_a_plan_that_misses_its_target_shows_the_closest(
+    tiny: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Latency is known only when it is measured: here removal makes nothing faster."""
+    monkeypatch.setattr(planning, "latencies", lambda models, inputs: [1.0, 1.0])
+    assert main(["plan", str(tiny), "--set", "prune.target={latency: 0.5}", "--device", "cpu"]) == 3
+    captured = capsys.readouterr()
+    assert "layer1.0.conv1" in captured.out
+    assert captured.err == "dnr: latency: 0.5 was asked, 1.0000 is the closest that can be reached\n"
 
 
 def test_overhead_is_measured(capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from dnr_plugin import measure
-from dnr_plugin.measure import channels, count_params, flop_report, latencies, one_sample
+from dnr_plugin.inputs import one_sample
+from dnr_plugin.measure import channels, count_params, flop_report, latencies
 
 torch.set_num_threads(1)
 warnings.filterwarnings("ignore", category=FutureWarning)

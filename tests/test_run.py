@@ -96,6 +96,10 @@ def test_each_target_runs_to_the_end(tiny: Path, tmp_path: Path, overrides: list
     elif kind != "latency":
         share = report["sparsity"]["weight" if kind == "weight_sparsity" else "neuron"]
         assert target["achieved"] == pytest.approx(share)
+    if kind == "latency":
+        assert target["reached"] == (target["achieved"] <= 0.95)
+        assert report["latency"]["batch"] == 8
+        assert report["latency"]["ratio"] == report["latency"]["pruned_ms"] / report["latency"]["dense_ms"]
     if kind == "dead":
         assert target["requested"] is True
     elif kind != "latency":
@@ -160,7 +164,7 @@ def test_a_run_killed_for_real_loses_nothing(tiny: Path, tmp_path: Path) -> None
         assert time.time() < end
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
-    process.wait()
+    assert process.wait() == -signal.SIGKILL
     subprocess.run([*common, str(folder), "--resume"], check=True, capture_output=True)
     straight, resumed = _lasting(tmp_path / "straight"), _lasting(folder)
     assert resumed[:2] == straight[:2]
@@ -275,6 +279,41 @@ def test_a_loss_that_turns_nan_stops_the_run_and_keeps_the_last_checkpoint(
     assert message.startswith("dnr: the loss became ")
     assert "epoch 1, step 2" in message
     assert (tmp_path / "run" / "checkpoint.pt").is_file()
+
+    # what the run has not come to may be mended, what it has may not
+    assert main([*command, "--resume", "--set", "seed=3"]) == 2
+    assert "holds a run of another recipe" in capsys.readouterr().err
+    assert main([*command, "--resume", "--set", "prune.target.flops=0.4"]) == 2
+    assert main([*command, "--resume", "--set", "finetune.lr=0.01"]) == 0
+    assert json.loads((tmp_path / "run" / "report.json").read_text())["recipe"]["finetune"]["lr"] == 0.01
+
+
+def test_a_disk_that_fills_while_resuming_keeps_the_recipe(tiny: Path, tmp_path: Path) -> None:
+    """The folder of a stopped run is whole whatever happens to the next attempt."""
+    recipe = load_recipe(tiny)
+    with pytest.raises(Killed):
+        run_recipe(recipe, tmp_path / "run", track=_stopping_after(8))
+    before = (tmp_path / "run" / "recipe.yaml").read_text()
+    (tmp_path / "run" / "events.jsonl").unlink()
+    with pytest.raises(Killed):
+        run_recipe(recipe, tmp_path / "run", resume=True, track=_stopping_after(0))
+    assert (tmp_path / "run" / "recipe.yaml").read_text() == before
+    assert len(_events(tmp_path / "run")) == 1
+
+
+def test_an_image_that_cannot_be_read_underway_is_a_failure_not_bad_input(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Exit code 2 promises that nothing was written."""
+    from dnr_plugin.cli import main
+    from dnr_plugin.train import Trainer
+
+    def unreadable(*_: Any) -> None:
+        raise InputError("data.root: expected an image, found rubbish")
+
+    monkeypatch.setattr(Trainer, "epoch", unreadable)
+    assert main(["run", str(tiny), "--output", str(tmp_path / "run")]) == 1
+    assert capsys.readouterr().err == "dnr: data.root: expected an image, found rubbish\n"
 
 
 @pytest.mark.slow
