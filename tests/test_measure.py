@@ -250,3 +250,22 @@ def test_a_larger_model_takes_longer() -> None:
     small, large = nn.Linear(512, 8), nn.Sequential(nn.Linear(512, 4096), nn.Linear(4096, 512))
     before, after = latencies([small, large], torch.randn(16, 512), seconds=0.2)
     assert after > before
+
+
+def test_modules_that_only_look_like_layers_have_no_channels() -> None:
+    """A ResNet often keeps its running ``self.in_channels``."""
+
+    class Backbone(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.in_channels = 64
+            self.scale = nn.Parameter(torch.ones(3, 1, 1))
+            self.conv = nn.Conv2d(3, 4, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.conv(x * self.scale)
+
+    model = Backbone()
+    assert channels(model) == (0, 0)
+    rows = {layer.name: layer for layer in flop_report(model, torch.randn(1, 3, 2, 2)).layers}
+    assert (rows[""].params, rows["conv"].in_channels, rows["conv"].out_channels) == (3, 3, 4)

@@ -384,3 +384,26 @@ def test_search_finds_the_first_step_despite_wrong_predictions(kind: str) -> Non
         # the step before is judged by a prediction corrected by the error one step further
         before = true[count - 1] + drift / 40 if count else None
         assert before is None or (before > value if kept else before < value) or abs(before - value) < abs(drift) / 20
+
+
+def test_what_is_zero_in_one_block_alone_is_not_taken_on_its_own() -> None:
+    """Channel groups must stay equally wide, also while the exact part of a plan is carried out first."""
+    model = lively(Net(), DATA)
+    with torch.no_grad():
+        for tensor in (model.grouped[0].weight, model.grouped[1].weight, model.grouped[1].bias):
+            tensor[[0, 1, 7, 13, 19]] = 0.0  # offset 0 in one block, offset 1 in all four
+    plan = plan_removal(model, X, _observed(model), "neuron_sparsity", 0.4)
+    assert plan.zero["grouped.0"] == [1, 7, 13, 19]
+    prune_neurons(model, X, plan.zero)
+    assert model(X).shape == (1, 5)
+
+
+def test_dead_neurons_that_limits_keep_are_named() -> None:
+    model = lively(Net(), DATA)
+    planted = plant(model, X, 0.25, seed=2)
+    plan = plan_removal(model, X, _observed(model), "dead", limits=Limits(round_to=8))
+    stay = {name: len(gone) - len(plan.removals.get(name, [])) for name, gone in planted.items()}
+    assert any(stay.values())
+    assert {name: reason.split()[0] for name, reason in plan.skipped if "dead neurons stay" in reason} == {
+        name: str(number) for name, number in stay.items() if number
+    }

@@ -17,7 +17,7 @@ from dnr_plugin.batchnorm import recalibrate_batchnorm
 from dnr_plugin.errors import InputError
 from dnr_plugin.measure import count_params
 from dnr_plugin.planning import plan_removal
-from dnr_plugin.removal import output_difference, remove_dead_neurons
+from dnr_plugin.removal import output_difference, prune_neurons, remove_dead_neurons
 
 torch.set_num_threads(1)
 
@@ -265,3 +265,51 @@ def test_refusals() -> None:
         remove_dead_neurons(model, X, broken.split(16), min_samples=64)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+class Mixing(nn.Module):
+    """A channel that dies behind an operation in which it still matters, though no list of layers names that."""
+
+    def __init__(self, mix: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.norm, self.fc = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Linear(8 * 36, 5)
+        self.mix = mix
+        with torch.no_grad():
+            self.norm.bias.fill_(1.0)
+            self.norm.weight[2] = self.norm.bias[2] = 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.norm(self.mix(self.conv(x).relu())).relu().flatten(1))
+
+
+@pytest.mark.parametrize(
+    "mix",
+    [
+        lambda h: h - h.mean(1, keepdim=True),
+        lambda h: h * torch.sigmoid(h.sum(1, keepdim=True)),
+        lambda h: nn.functional.group_norm(h, 2),
+    ],
+    ids=["minus the mean", "gate on the sum", "group_norm"],
+)
+def test_channels_that_matter_before_they_die_stay(mix: Callable[[Tensor], Tensor]) -> None:
+    report = remove_dead_neurons(Mixing(mix).eval(), X, images(64).split(32), min_samples=64)
+    assert report.dead == 1
+    assert report.removed == {}
+    assert report.max_abs_diff == 0.0
+    assert [(layer, number) for layer, number, _ in report.left] == [("conv", 1)]
+
+
+def test_a_harmless_operation_does_not_keep_them() -> None:
+    report = remove_dead_neurons(Mixing(torch.tanh).eval(), X, images(64).split(32), min_samples=64)
+    assert report.removed == {"conv": [2]}
+
+
+def test_the_memory_format_is_kept() -> None:
+    model = lively(Net(), images(64)).to(memory_format=torch.channels_last)
+    prune_neurons(model, X, {"a.0": [0, 3], "hidden": [1]})
+    assert model.a[0].weight.shape[0] == 18
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3) and module.weight.shape[1] > 1:
+            assert module.weight.is_contiguous(memory_format=torch.channels_last)
+            assert not module.weight.is_contiguous()

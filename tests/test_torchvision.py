@@ -23,7 +23,7 @@ from dnr_plugin import DyingNeuronImportance
 MODELS = torchvision.models.list_models(module=torchvision.models)
 SMALL = ["mobilenet_v3_small", "resnet18", "squeezenet1_1"]
 FIXED_SIZE = ("vit_", "swin", "maxvit")
-SECONDS = 300
+SECONDS = 120
 
 
 class TooLong(Exception):

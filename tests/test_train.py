@@ -113,3 +113,11 @@ def test_bfloat16_autocast_trains() -> None:
     trainer = Trainer(model, data.train, _options(amp=True, lr=0.01), seed=0)  # type: ignore[attr-defined]
     assert trainer.epoch(1).loss < trainer.epoch(0).loss + 1
     assert model[1].weight.dtype is torch.float32  # type: ignore[index]
+
+
+def test_evaluation_restores_the_mode_of_every_part() -> None:
+    model, data = _data()
+    model.train()
+    model[0].eval()  # type: ignore[index]
+    evaluate(model, data.test)  # type: ignore[attr-defined]
+    assert [module.training for module in model.modules()] == [True, False, True]
