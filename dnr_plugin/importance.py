@@ -153,7 +153,7 @@ class DyingNeuronImportance(tp.importance.Importance):  # type: ignore[misc]
             return None
         n = len(group[0].idxs)
         score = score_neurons(self.score, found, n)
-        tie_break = score if self.score == "contribution" else score_neurons("contribution", found, n)
+        tie_break = score_neurons("magnitude", found, n)
         order = _lexicographic(score, tie_break)
         dead = judge(found, n).dead
         live = ~dead

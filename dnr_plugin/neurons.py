@@ -4,7 +4,6 @@ scores the neurons of one dependency group.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -49,7 +48,12 @@ def weight_norms(module: nn.Module) -> Tensor:
 
     Grouped convolutions: input channel c is read by the filters of its own group only.
     """
-    norm: Callable[..., Tensor] = functools.partial(torch.linalg.vector_norm, dtype=torch.float64)
+
+    def norm(weight: Tensor, dim: int | tuple[int, ...]) -> Tensor:  # a 16-bit sum would make many neurons tie
+        wide = weight if weight.element_size() >= 4 else weight.float()
+        found: Tensor = torch.linalg.vector_norm(wide, dim=dim)
+        return found.double()
+
     if isinstance(module, nn.modules.conv._ConvNd):
         weight = module.weight.detach()
         if module.transposed:  # [in, out / groups, *kernel]

@@ -55,7 +55,7 @@ BLOCKS = {("grouped", "a"): 3, ("grouped", "g"): 3}
 
 
 def observed(model: nn.Module, x: Tensor | None = None, **settings: Any) -> DyingNeuronImportance:
-    importance = DyingNeuronImportance(**{"share": 1.0, **settings})
+    importance = DyingNeuronImportance(**{"score": "contribution", "share": 1.0, **settings})
     with torch.no_grad(), importance.observe(model):
         model(images() if x is None else x)
     return importance
@@ -646,7 +646,7 @@ def test_scoring_before_observing_is_an_error() -> None:
 
 def test_observing_again_between_steps() -> None:
     model = make("residual")
-    importance = DyingNeuronImportance(share=1.0)
+    importance = DyingNeuronImportance("contribution", share=1.0)
     prune = pruner(model, importance, 0.5, iterative_steps=2, ignored_layers=[model.fc])
     for _ in range(2):
         with torch.no_grad(), importance.observe(model):

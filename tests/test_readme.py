@@ -59,9 +59,9 @@ def _dnr(arguments: list[str]) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("command", [line for line in COMMANDS if line.startswith("dnr ")])
 def test_a_command_of_the_readme_runs(command: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    arguments = shlex.split(command)[1:]
-    if "data.root=../shared/data" in arguments:
-        request.getfixturevalue("cifar10")
+    arguments = shlex.split(command, comments=True)[1:]
+    if "data.root=data" in arguments:
+        arguments[arguments.index("data.root=data")] = f"data.root={request.getfixturevalue('cifar10')}"
     if arguments[0] == "run":
         while "--output" in arguments:
             place = arguments.index("--output")
@@ -99,6 +99,10 @@ def test_a_snippet_of_the_readme_runs(snippet: str, tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
     done = subprocess.run([sys.executable, str(file)], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_nothing_is_left_to_fill_in() -> None:
+    assert "@@" not in README
 
 
 def test_the_links_of_the_readme_lead_somewhere() -> None:
