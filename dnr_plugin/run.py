@@ -132,9 +132,8 @@ class _Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         write_recipe(self.recipe, self.folder / "recipe.yaml")
         state = self.restore() if resume else None
-        self.write_events(
-            "" if state is None else state["events"]
-        )  # not what a killed epoch wrote after its checkpoint
+        # as of the checkpoint: what a killed epoch wrote after it will be written again
+        self.write_events("" if state is None else state["events"])
         self.architecture = json.dumps(checkpoint.describe(self.model))
         if self.stage == "train":
             self.train("train", state)
@@ -178,13 +177,12 @@ class _Run:
         """Observes and removes, in the recipe's number of steps."""
         options = self.recipe.prune
         target = options.target
-        steps = options.steps
         done: dict[str, Any] = {"skipped": [], "exact_neurons": 0, "max_abs_diff": 0.0, "reached": True}
-        for step in range(1, steps + 1):
+        for step in range(1, options.steps + 1):
             importance = self.importance()
             self.observe(importance)
             try:
-                plan = self.plan(importance, step_value(target.kind, target.value, step, steps))
+                plan = self.plan(importance, step_value(target.kind, target.value, step, options.steps))
             except TargetError as error:
                 plan, done["reached"] = error.plan, False
             if step == 1:
@@ -204,10 +202,12 @@ class _Run:
             inputs = self.timed_images()
             if self.dense.model is None:
                 self.dense = baseline(self.model, self.example, keep_model=True)
-        return plan_removal(
-            self.model, inputs, importance, options.target.kind, value,
-            scope=options.scope, limits=self.limits, dense=self.dense,
-        )  # fmt: skip
+        for _ in self.track([None], 1, "planning the removal"):
+            plan = plan_removal(
+                self.model, inputs, importance, options.target.kind, value,
+                scope=options.scope, limits=self.limits, dense=self.dense,
+            )  # fmt: skip
+        return plan
 
     def importance(self) -> DyingNeuronImportance:
         options = self.recipe.prune
@@ -229,11 +229,11 @@ class _Run:
 
     def remove(self, plan: Plan, importance: DyingNeuronImportance, step: int, done: dict[str, Any]) -> None:
         """Takes what is exactly zero first, to measure that nothing changes, then the rest."""
-        probe = next(iter(self.train_images.batches(_BATCH)))[0]
         exact = {name: gone for name, gone in plan.zero.items() if gone}
-        before = self.outputs(probe)
-        prune_neurons(self.model, self.example, exact, importance=importance)
         if exact:
+            probe = next(iter(self.train_images.batches(_BATCH)))[0]
+            before = self.outputs(probe)
+            prune_neurons(self.model, self.example, exact, importance=importance)
             done["exact_neurons"] += sum(map(len, exact.values()))
             done["max_abs_diff"] = max(done["max_abs_diff"], output_difference(before, self.outputs(probe))[0])
         rest = {name: _renumbered(gone, exact.get(name, [])) for name, gone in plan.removals.items()}
