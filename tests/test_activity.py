@@ -16,7 +16,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dnr_plugin.activity import Activity, dormancy, entropy_bits, octaves, on_off_entropy_bits
 
-torch.set_num_threads(1)
 INTEGERS = ("samples", "values", "fired_samples", "fired", "histogram", "highest", "lowest")
 SUMS = ("total", "total_magnitude", "total_square")
 
@@ -289,7 +288,6 @@ def test_update_never_waits_for_the_device() -> None:
 
 RANK = """
 import sys, pickle, torch, torch.distributed as dist
-torch.set_num_threads(1)
 sys.path[:0] = sys.argv[3:]
 from test_activity import data, observed
 rank, where = int(sys.argv[1]), sys.argv[2]

@@ -13,8 +13,6 @@ from dnr_plugin.graph import build_graph, kept_modes
 from dnr_plugin.importance import DyingNeuronImportance
 from dnr_plugin.inputs import batch_inputs
 
-torch.set_num_threads(1)
-
 
 def _batches(*sizes: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)

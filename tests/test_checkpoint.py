@@ -45,6 +45,7 @@ def _pruned(model: nn.Module, size: int = 32) -> nn.Module:
 LOAD = """
 import sys, torch
 from dnr_plugin import load_pruned
+torch.set_num_threads(int(sys.argv[4]))  # sums depend on how they are split
 model = load_pruned(sys.argv[1])
 torch.manual_seed(0)
 size = int(sys.argv[3])
@@ -71,7 +72,10 @@ def test_reloaded_in_a_new_process_outputs_are_equal_to_the_bit(
     torch.manual_seed(1)
     model = _pruned(build_model(ModelOptions(**options), 10), size)
     save_pruned(model, tmp_path / "saved")
-    subprocess.run([sys.executable, "-c", LOAD, tmp_path / "saved", tmp_path / "out.pt", str(size)], check=True)
+    threads = str(torch.get_num_threads())
+    subprocess.run(
+        [sys.executable, "-c", LOAD, tmp_path / "saved", tmp_path / "out.pt", str(size), threads], check=True
+    )
     torch.manual_seed(0)
     with torch.no_grad():
         expected = model(torch.randn(2, 3, size, size))

@@ -14,8 +14,6 @@ from dnr_plugin.graph import build_graph, channel_groups
 from dnr_plugin.measure import count_params, flop_report
 from dnr_plugin.removal import prune_neurons
 
-torch.set_num_threads(1)
-
 
 def _conv(first: int, second: int, **options: int) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(first, second, 3, padding=1, **options), nn.BatchNorm2d(second), nn.ReLU())

@@ -25,7 +25,6 @@ from dnr_plugin.graph import (
     uses,
 )
 
-torch.set_num_threads(1)
 Pair = namedtuple("Pair", "features logits")
 
 

@@ -20,7 +20,6 @@ from dnr_plugin.graph import build_graph
 from dnr_plugin.importance import DyingNeuronImportance
 from dnr_plugin.neurons import SCORES, weight_norms
 
-torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore:.*is left alone.*")
 
 EIGHT = [[k] for k in range(8)]

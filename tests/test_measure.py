@@ -16,7 +16,6 @@ from dnr_plugin import measure
 from dnr_plugin.inputs import one_sample
 from dnr_plugin.measure import channels, count_params, flop_report, latencies
 
-torch.set_num_threads(1)
 warnings.filterwarnings("ignore", category=FutureWarning)
 
 

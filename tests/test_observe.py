@@ -23,8 +23,6 @@ import dnr_plugin.observe
 from dnr_plugin.activity import Activity
 from dnr_plugin.observe import Observer, is_consumer
 
-torch.set_num_threads(1)
-
 
 def hooks(model: nn.Module) -> int:
     return sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules())

@@ -15,8 +15,6 @@ from torch.optim import SGD, Adafactor, Adam, AdamW, Optimizer
 from dnr_plugin.graph import build_graph
 from dnr_plugin.optimizer import follow_optimizer
 
-torch.set_num_threads(1)
-
 X = torch.randn(8, 3, 6, 6, generator=torch.Generator().manual_seed(1))
 Y = torch.randint(0, 4, (8,), generator=torch.Generator().manual_seed(2))
 GONE = [1, 4, 5]

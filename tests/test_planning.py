@@ -24,8 +24,6 @@ from dnr_plugin.measure import count_params, flop_report
 from dnr_plugin.planning import TARGETS, Plan, baseline, check_target, plan_removal, reachable
 from dnr_plugin.removal import output_difference, prune_neurons
 
-torch.set_num_threads(1)
-
 
 @pytest.fixture(autouse=True)
 def _quiet() -> Iterator[None]:

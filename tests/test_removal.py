@@ -19,8 +19,6 @@ from dnr_plugin.measure import count_params
 from dnr_plugin.planning import plan_removal
 from dnr_plugin.removal import output_difference, prune_neurons, remove_dead_neurons
 
-torch.set_num_threads(1)
-
 
 @pytest.fixture(autouse=True)
 def _quiet() -> Iterator[None]:
