@@ -96,13 +96,13 @@ def test_an_imported_model_needs_its_builder_named(tmp_path: Path) -> None:
 
 
 def test_a_builder_of_ones_own_is_imported_only_on_demand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "mine.py").write_text(
+    (tmp_path / "small_net.py").write_text(
         "from torch import nn\n"
         "def net(num_classes):\n"
         "    return nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 36, num_classes))\n"
     )
     monkeypatch.chdir(tmp_path)
-    model = _pruned(build_model(ModelOptions(name="mine:net"), 4, image_size=8), 8)
+    model = _pruned(build_model(ModelOptions(name="small_net:net"), 4, image_size=8), 8)
     save_pruned(model, tmp_path / "saved")
     with pytest.raises(InputError, match="allow_import"):
         load_pruned(tmp_path / "saved")
