@@ -20,6 +20,7 @@ from .layers import Limits
 from .models import build_model, check_model
 from .neurons import SCORES
 from .planning import check_target
+from .pressure import check_pressure
 from .recipe import differing_fields, load_recipe
 from .schema import Recipe
 
@@ -49,6 +50,7 @@ def check_recipe(recipe: Recipe) -> None:
     model = build_model(recipe.model, classes, in_channels, image_size)
     example = example_image(in_channels, image_size)
     check_forward(model, example, classes)
+    check_pressure(model, recipe)
     check_target(model, example, recipe.prune.target.kind, recipe.prune.target.value, limits_of(recipe))
 
 

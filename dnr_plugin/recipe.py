@@ -424,7 +424,8 @@ def option_reference() -> str:
             option, dotted = _resolve(raw), (*path, name)
             needed = name in section.get("required", [])
             if "properties" in option:
-                title = f"\n## {_dotted(dotted)}\n\n{option['description']}{' (required)' if needed else ''}\n"
+                remark = " (required)" if needed else " (or null, the default)" if "anyOf" in raw else ""
+                title = f"\n## {_dotted(dotted)}\n\n{option['description']}{remark}\n"
                 nested.append((title, option, dotted))
                 continue
             optional = " (or null)" if "anyOf" in raw else ""

@@ -6,6 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+Schedule = Literal["constant", "cosine", "linear", "one_cycle"]
+
 
 class Section(BaseModel):
     """Unknown keys, silent conversions, NaN and infinity are refused everywhere."""
@@ -68,6 +70,47 @@ class DataOptions(Section):
         return self
 
 
+class BatchNormL1Options(Section):
+    strength: float = Field(
+        ge=0.0,
+        description="highest weight of the sum of the scales' magnitudes; counts as part of the loss, so it is "
+        "clipped with it",
+    )
+    schedule: Schedule = Field(
+        default="one_cycle",
+        description="strength per step: constant; linear or cosine, down from full strength to "
+        "zero; one_cycle, up from 4 % to full strength at 30 % of the steps, then down to zero",
+    )
+
+
+class NoiseOptions(Section):
+    std: float = Field(
+        ge=0.0,
+        description="highest standard deviation, the same for every element of every gradient; drawn from "
+        "seed, epoch and step alone, differently on CPU and GPU",
+    )
+    schedule: Schedule = Field(
+        default="constant",
+        description="standard deviation per step: constant; linear or cosine, down from std to "
+        "zero; one_cycle, up from 4 % to std at 30 % of the steps, then down to zero",
+    )
+    when: Literal["before_clipping", "after_clipping"] = Field(
+        default="before_clipping",
+        description="before_clipping: clip_norm bounds gradient and noise together; "
+        "after_clipping: noise comes on top of it; the same without clip_norm",
+    )
+
+
+class PressureOptions(Section):
+    weight_decay_schedule: Schedule = Field(
+        default="constant",
+        description="weight_decay per step: constant; linear or cosine, down from weight_decay to "
+        "zero; one_cycle, up from 4 % to weight_decay at 30 % of the steps, then down to zero",
+    )
+    bn_l1: BatchNormL1Options | None = Field(default=None, description="L1 penalty on the scales of BatchNorm layers")
+    noise: NoiseOptions | None = Field(default=None, description="normal noise added to the gradients")
+
+
 class TrainOptions(Section):
     epochs: int = Field(ge=0, description="passes over the training images")
     batch_size: int = Field(default=128, ge=2, description="images per step")
@@ -76,8 +119,10 @@ class TrainOptions(Section):
     momentum: float | None = Field(default=None, ge=0.0, lt=1.0, description="sgd only; 0.9 by default")
     nesterov: bool = Field(default=False, description="sgd only; needs momentum")
     weight_decay: float = Field(default=5e-4, ge=0.0, description="on every parameter")
-    schedule: Literal["constant", "cosine", "linear", "one_cycle"] = Field(
-        default="cosine", description="learning rate per step: constant, down to zero by cosine or line, or up and down"
+    schedule: Schedule = Field(
+        default="cosine",
+        description="learning rate per step: constant; linear or cosine, down from lr to zero; "
+        "one_cycle, up from 4 % to lr at 30 % of the steps, then down to zero",
     )
     warmup_epochs: float = Field(default=0.0, ge=0.0, description="linear rise of the learning rate at the start")
     clip_norm: float | None = Field(
@@ -85,6 +130,7 @@ class TrainOptions(Section):
     )
     label_smoothing: float = Field(default=0.0, ge=0.0, lt=1.0, description="of the cross-entropy")
     amp: bool = Field(default=False, description="bfloat16 autocast; with channels_last, what a GPU wants")
+    pressure: PressureOptions = Field(default=PressureOptions(), description="what makes neurons die; off by default")
 
     @model_validator(mode="after")
     def _combinations(self) -> TrainOptions:

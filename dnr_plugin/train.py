@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from .data import ImageSource, derive_seed
 from .errors import RunError
 from .graph import kept_modes
+from .pressure import add_l1, add_noise, batchnorm_scales, scheduled
 from .schema import TrainOptions
 
 # Losses wait on the device for this many steps before anyone looks at them.
@@ -62,11 +62,13 @@ class Trainer:
     ) -> None:
         self.model, self.images, self.options, self.seed = model, images, options, seed
         self.augment = tuple(augment)
+        self._scales = batchnorm_scales(model)
         self._last_lr = options.lr
         self.steps_per_epoch = len(images) // options.batch_size
+        self.steps = self.steps_per_epoch * options.epochs
         self.optimizer = _optimizer(model, options)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer, lambda step: lr_factor(options, step, self.steps_per_epoch * options.epochs)
+            self.optimizer, lambda step: lr_factor(options, step, self.steps)
         )
 
     def epoch(self, number: int, progress: Progress | None = None) -> Epoch:
@@ -95,18 +97,37 @@ class Trainer:
     def _steps(self, number: int) -> Iterable[Tensor]:
         options = self.options
         seed = derive_seed(self.seed, number)
-        for images, labels in self.images.batches(options.batch_size, seed=seed, augment=self.augment, drop_last=True):
+        batches = self.images.batches(options.batch_size, seed=seed, augment=self.augment, drop_last=True)
+        for step, (images, labels) in enumerate(batches):
             with torch.autocast(images.device.type, torch.bfloat16, enabled=options.amp):
                 logits = self.model(images)
                 loss = F.cross_entropy(logits.float(), labels, label_smoothing=options.label_smoothing)
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
-            if options.clip_norm is not None:
-                nn.utils.clip_grad_norm_(self.model.parameters(), options.clip_norm)
+            self._press(number, step)
             self._last_lr = float(self.schedule.get_last_lr()[0])
             self.optimizer.step()
             self.schedule.step()
             yield loss.detach()
+
+    def _press(self, epoch: int, step: int) -> None:
+        """Makes of the loss's gradient what the optimizer steps along, and sets the weight decay of this step."""
+        options, pressure = self.options, self.options.pressure
+        share = (epoch * self.steps_per_epoch + step) / self.steps
+
+        def noise(when: str) -> None:
+            if pressure.noise is not None and pressure.noise.when == when:
+                std = pressure.noise.std * scheduled(pressure.noise.schedule, share)
+                add_noise(self.model.parameters(), std, derive_seed(self.seed, "noise", epoch, step))
+
+        if pressure.bn_l1 is not None:
+            add_l1(self._scales, pressure.bn_l1.strength * scheduled(pressure.bn_l1.schedule, share))
+        noise("before_clipping")
+        if options.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), options.clip_norm)
+        noise("after_clipping")
+        for group in self.optimizer.param_groups:
+            group["weight_decay"] = options.weight_decay * scheduled(pressure.weight_decay_schedule, share)
 
     def _checked(self, losses: list[Tensor], epoch: int, last_step: int) -> float:
         values = torch.stack(losses).double().cpu()
@@ -128,18 +149,10 @@ def lr_factor(options: TrainOptions, step: int, steps: int) -> float:
         step: 0 for the first.
         steps: of the whole stage.
     """
-    if options.schedule == "one_cycle":
-        peak = 0.3 * steps
-        if step < peak:
-            return 0.04 + 0.96 * 0.5 * (1 - math.cos(math.pi * step / peak))
-        return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - peak) / max(1.0, steps - peak))))
     warmup = round(options.warmup_epochs * steps / max(options.epochs, 1))
     if step < warmup:
         return (step + 1) / warmup
-    share = min(1.0, (step - warmup) / max(1, steps - warmup))
-    if options.schedule == "cosine":
-        return 0.5 * (1 + math.cos(math.pi * share))
-    return 1.0 - share if options.schedule == "linear" else 1.0
+    return scheduled(options.schedule, (step - warmup) / max(1, steps - warmup))
 
 
 def _optimizer(model: nn.Module, options: TrainOptions) -> torch.optim.Optimizer:

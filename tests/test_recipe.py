@@ -34,7 +34,7 @@ SETS = "shapes, cifar10, cifar100, mnist, imagefolder"
 KNOWN_DATA = "name, root, download, train_size, test_size, image_size, augment, workers"
 KNOWN_TRAIN = (
     "epochs, batch_size, optimizer, lr, momentum, nesterov, weight_decay, schedule, warmup_epochs, clip_norm, "
-    "label_smoothing, amp"
+    "label_smoothing, amp, pressure"
 )
 KNOWN_TARGETS = "flops, params, latency, neuron_sparsity, weight_sparsity, dead"
 KNOWN_OBSERVE = "samples, min_samples, share, threshold, bins"
@@ -496,7 +496,12 @@ def test_option_reference_names_every_option(good: Path) -> None:
             )
         ]
 
-    options = names(load_recipe(good).model_dump())
+    optional = [
+        f"{stage}.pressure.{section}"
+        for stage in ("train", "finetune")
+        for section in ("bn_l1={strength: 0}", "noise={std: 0}")
+    ]
+    options = names(load_recipe(good, optional).model_dump())
     assert sorted(line.split("`")[1] for line in text.splitlines() if line.startswith("- `")) == sorted(options)
     for name in options:
         assert text.count(f"- `{name}` [") == 1, name
@@ -504,6 +509,7 @@ def test_option_reference_names_every_option(good: Path) -> None:
     assert "- `train.epochs` [an integer of at least 0; required]: passes over the training images\n" in text
     assert "- `data.augment` [a list, each item one of flip, crop, cutout; default []]: " in text
     assert "\n## prune.observe\n" in text
+    assert "\n## train.pressure.noise\n\nnormal noise added to the gradients (or null, the default)\n" in text
 
 
 def test_no_pydantic_words_in_any_message(good: Path) -> None:

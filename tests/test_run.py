@@ -152,6 +152,27 @@ def test_a_run_stopped_anywhere_and_resumed_is_the_same_run(tiny: Path, tmp_path
         assert all(torch.equal(weights[name], expected[2][name]) for name in expected[2]), calls
 
 
+PRESSURE = """{epochs: 2, batch_size: 32, lr: 0.05, clip_norm: 1.0, pressure: {weight_decay_schedule: linear,
+    bn_l1: {strength: 0.01}, noise: {std: 0.001, schedule: cosine, when: %s}}}"""
+
+
+def test_a_run_under_pressure_stopped_and_resumed_is_the_same_run(tiny: Path, tmp_path: Path) -> None:
+    """In the second epoch of training and of fine-tuning; noise on either side of clipping."""
+    pressure = [f"train={PRESSURE % 'before_clipping'}", f"finetune={PRESSURE % 'after_clipping'}"]
+    recipe = load_recipe(tiny, pressure)
+    run_recipe(recipe, tmp_path / "straight")
+    expected = _lasting(tmp_path / "straight")
+    for stage, calls in (("train", 8), ("finetune", 28)):
+        folder = tmp_path / f"stopped{calls}"
+        with pytest.raises(Killed, match=f"{stage} epoch 2/2"):
+            run_recipe(recipe, folder, track=_stopping_after(calls))
+        run_recipe(recipe, folder, resume=True)
+        report, events, weights = _lasting(folder)
+        assert report == expected[0], calls
+        assert events == expected[1], calls
+        assert all(torch.equal(weights[name], expected[2][name]) for name in expected[2]), calls
+
+
 def test_a_run_killed_for_real_loses_nothing(tiny: Path, tmp_path: Path) -> None:
     """SIGKILL in the middle of fine-tuning, then --resume from the command line."""
     common = [sys.executable, "-m", "dnr_plugin", "run", str(tiny), "--device", "cpu", "--output"]
