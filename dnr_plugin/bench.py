@@ -21,7 +21,7 @@ from .schema import ModelOptions
 
 
 def overhead(
-    *, width: int = 64, batch: int = 16, rounds: int = 15, device: str = "auto", seed: int = 0
+    *, width: int = 64, batch: int = 64, rounds: int = 15, device: str = "auto", seed: int = 0
 ) -> dict[str, Any]:
     """What observing adds to a training step and scoring to a pruning step, on ResNet-18 at 32x32.
 

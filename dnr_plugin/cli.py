@@ -104,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     bench = command("bench", _bench, "measure costs side by side in one process")
     bench.add_argument("what", choices=("overhead",), help="overhead: of observing and scoring")
     bench.add_argument("--width", type=_positive, default=64, help="of ResNet-18; default: 64")
-    bench.add_argument("--batch", type=_positive, default=16, help="images per training step; default: 16")
+    bench.add_argument("--batch", type=_positive, default=64, help="images per training step; default: 64")
     bench.add_argument("--rounds", type=_positive, default=15, help="timed rounds of each; default: 15")
     bench.add_argument("--json", action="store_true", help="print JSON")
     takes_device(bench)
