@@ -251,9 +251,8 @@ class _Run:
     def finish(self) -> dict[str, Any]:
         """Measures the result and writes everything that stays."""
         recipe, removal = self.recipe, self.results["removal"]
-        pruned = flop_report(self.model, self.example)
-        dense = self.dense.report
-        neurons_left = baseline(self.model, self.example).neurons
+        left = baseline(self.model, self.example)
+        dense, pruned = self.dense.report, left.report
         latency = self.latency()
         seconds = {**self.results["seconds"]}
         seconds["total"] = sum(seconds.values())
@@ -273,7 +272,7 @@ class _Run:
                 "accuracy": self.accuracy(),
                 "accuracy_before_finetune": self.results["accuracy_before_finetune"],
             },
-            "sparsity": {"neuron": 1 - neurons_left / self.dense.neurons, "weight": 1 - kept["params"]},
+            "sparsity": {"neuron": 1 - left.neurons / self.dense.neurons, "weight": 1 - kept["params"]},
             "kept": kept,
             "latency": latency,
             "target": {

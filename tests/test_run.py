@@ -136,6 +136,12 @@ def _lasting(folder: Path) -> tuple[Any, Any, dict[str, torch.Tensor]]:
     return report, events, load_pruned(folder).state_dict()
 
 
+def _assert_same(found: Any, expected: Any, calls: int) -> None:
+    assert found[0] == expected[0], calls
+    assert found[1] == expected[1], calls
+    assert all(torch.equal(found[2][name], expected[2][name]) for name in expected[2]), calls
+
+
 def test_a_run_stopped_anywhere_and_resumed_is_the_same_run(tiny: Path, tmp_path: Path) -> None:
     """In the first step, the second epoch, the dense evaluation, right after the removal, and while fine-tuning."""
     recipe = load_recipe(tiny)
@@ -146,10 +152,7 @@ def test_a_run_stopped_anywhere_and_resumed_is_the_same_run(tiny: Path, tmp_path
         with pytest.raises(Killed):
             run_recipe(recipe, folder, track=_stopping_after(calls))
         run_recipe(recipe, folder, resume=True)
-        report, events, weights = _lasting(folder)
-        assert report == expected[0], calls
-        assert events == expected[1], calls
-        assert all(torch.equal(weights[name], expected[2][name]) for name in expected[2]), calls
+        _assert_same(_lasting(folder), expected, calls)
 
 
 PRESSURE = """{epochs: 2, batch_size: 32, lr: 0.05, clip_norm: 1.0, pressure: {weight_decay_schedule: linear,
@@ -167,10 +170,7 @@ def test_a_run_under_pressure_stopped_and_resumed_is_the_same_run(tiny: Path, tm
         with pytest.raises(Killed, match=f"{stage} epoch 2/2"):
             run_recipe(recipe, folder, track=_stopping_after(calls))
         run_recipe(recipe, folder, resume=True)
-        report, events, weights = _lasting(folder)
-        assert report == expected[0], calls
-        assert events == expected[1], calls
-        assert all(torch.equal(weights[name], expected[2][name]) for name in expected[2]), calls
+        _assert_same(_lasting(folder), expected, calls)
 
 
 def test_a_run_killed_for_real_loses_nothing(tiny: Path, tmp_path: Path) -> None:
