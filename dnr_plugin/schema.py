@@ -99,6 +99,11 @@ class NoiseOptions(Section):
         description="before_clipping: clip_norm bounds gradient and noise together; "
         "after_clipping: noise comes on top of it; the same without clip_norm",
     )
+    neurons: Literal["all", "live"] = Field(
+        default="all",
+        description="live: none on the weights and BatchNorm scales of neurons that were dead at the last check, so "
+        "that noise does not wake them; only while prune.mode dynamic or watch looks at them",
+    )
 
 
 class PressureOptions(Section):
@@ -205,8 +210,54 @@ class ObserveOptions(Section):
         return self
 
 
+class DynamicsOptions(Section):
+    check_every: float = Field(default=1.0, gt=0.0, description="epochs from one check of the neurons to the next")
+    warmup_epochs: float = Field(default=1.0, ge=0.0, description="no neuron becomes a candidate before this epoch")
+    patience: int = Field(
+        default=2, ge=0, description="checks that a candidate stays, zeroed but trained, before it is removed; 0: none"
+    )
+    zero: bool = Field(
+        default=True, description="zero the candidates; false: let them work on until they are removed or restored"
+    )
+    ramp: Literal["linear", "cubic", "at_once"] = Field(
+        default="cubic",
+        description="how the target is approached from warm-up on: linear in equal parts; cubic, much at first "
+        "(1 - (1 - t)^3); at_once, all at the first check; of no effect on target dead",
+    )
+    until: float = Field(
+        default=0.6,
+        gt=0.0,
+        le=1.0,
+        description="share of train.epochs at which the target is met and removal ends; the rest fine-tunes",
+    )
+    remove_at: list[Annotated[float, Field(gt=0.0)]] | None = Field(
+        default=None,
+        min_length=1,
+        description="remove only at the first check from each of these epochs on; by default at every check",
+    )
+    max_share: float = Field(
+        default=0.25, gt=0.0, le=1.0, description="largest share of a layer that becomes candidates at one check"
+    )
+    dying_entropy: float | None = Field(
+        default=None,
+        gt=0.0,
+        description="a neuron whose activation histogram has at most this entropy (bits), and less than at the check "
+        "before, is dying: a candidate like a dead one; by default only dead ones are",
+    )
+
+
 class PruneOptions(Section):
-    target: TargetOptions = Field(description="what to reach: exactly one key")
+    mode: Literal["after_training", "dynamic", "watch"] = Field(
+        default="after_training",
+        description="after_training: train, remove, fine-tune; dynamic: remove while training, what does not come back; "
+        "watch: remove nothing, record which neurons die and come back",
+    )
+    target: TargetOptions | None = Field(
+        default=None, description="what to reach: exactly one key; needed by every mode but watch"
+    )
+    dynamics: DynamicsOptions = Field(
+        default=DynamicsOptions(), description="when and what to remove while training; modes dynamic and watch only"
+    )
     score: str = Field(
         default="variation",
         description="what ranks the neurons, low ones first, dead ones before all: variation, contribution, magnitude, "
@@ -215,7 +266,9 @@ class PruneOptions(Section):
     scope: Literal["local", "global", "isomorphic"] = Field(
         default="local", description="rank within each layer, over the whole network, or among layers of like structure"
     )
-    steps: int = Field(default=1, ge=1, le=1000, description="observe and remove in this many equal steps")
+    steps: int = Field(
+        default=1, ge=1, le=1000, description="after_training only: observe and remove in this many equal steps"
+    )
     round_to: int | None = Field(default=None, ge=2, description="keep a multiple of this many channels in every layer")
     max_pruning_ratio: float = Field(default=0.9, gt=0.0, le=1.0, description="largest share taken from one layer")
     ignored: list[str] = Field(default=[], description="layers left alone, by name or shell pattern (layer4.*)")
@@ -225,16 +278,43 @@ class PruneOptions(Section):
         "the place of this behind a BatchNorm",
     )
     recalibrate: int = Field(
-        default=2048, ge=0, description="training images on which BatchNorm statistics are taken anew; 0: none"
+        default=2048,
+        ge=0,
+        description="after_training only: training images on which BatchNorm statistics are taken anew; 0: none",
     )
-    observe: ObserveOptions = Field(default=ObserveOptions(), description="how activations are read")
+    observe: ObserveOptions = Field(
+        default=ObserveOptions(),
+        description="how activations are read: on training images after training, or on the last training batches "
+        "before each check",
+    )
 
     @model_validator(mode="after")
     def _dead_at_once(self) -> PruneOptions:
-        if self.target.dead and self.steps > 1:
+        if self.target is not None and self.target.dead and self.steps > 1:
             raise ValueError(f"steps: expected 1 with target dead, which has no steps, found {self.steps}")
         if self.steps > 1 and self.recalibrate == 0:
             raise ValueError("recalibrate: expected above 0 with several steps, which observe in between, found 0")
+        return self
+
+    @model_validator(mode="after")
+    def _only_what_the_mode_uses(self) -> PruneOptions:
+        if (self.target is None) != (self.mode == "watch"):
+            expected = "nothing with mode watch" if self.target else f"one with mode {self.mode}"
+            raise ValueError(f"target: expected {expected}, found {self.target.kind if self.target else 'nothing'}")
+        unused = {
+            "after_training": ["dynamics"],
+            "dynamic": ["steps", "recalibrate"],
+            "watch": ["steps", "recalibrate", "fold", "scope", "round_to", "max_pruning_ratio", "ignored"],
+        }[self.mode]
+        for name in unused:
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name}: expected nothing with mode {self.mode}, which does not use it")
+        if self.mode == "watch" and self.dynamics != DynamicsOptions(check_every=self.dynamics.check_every):
+            raise ValueError("dynamics: expected check_every alone with mode watch, which removes nothing")
+        if self.mode == "dynamic" and self.target is not None and self.target.kind == "latency":
+            raise ValueError("target: expected another than latency with mode dynamic: timings cannot be resumed")
+        if self.mode == "dynamic" and self.fold is False and self.dynamics.patience and self.dynamics.zero:
+            raise ValueError("fold: expected nothing where candidates are zeroed, which leaves no mean to fold")
         return self
 
 
@@ -246,4 +326,6 @@ class Recipe(Section):
     data: DataOptions = Field(description="the images")
     train: TrainOptions = Field(description="training before removal; epochs 0 with a checkpoint")
     prune: PruneOptions = Field(description="what to remove and how")
-    finetune: FinetuneOptions = Field(description="training after removal; epochs 0 for none")
+    finetune: FinetuneOptions = Field(
+        default=FinetuneOptions(epochs=0), description="training after removal; none by default"
+    )
