@@ -9,7 +9,7 @@ and positions ``p``; ``theta`` is the threshold above which a neuron fires.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -33,6 +33,24 @@ def entropy_bits(histogram: Tensor) -> Tensor:
     counts = histogram.double()
     p = counts / counts.sum(-1, keepdim=True).clamp_min(1.0)
     return -torch.xlogy(p, p).sum(-1) / torch.log(torch.tensor(2.0, dtype=torch.float64))
+
+
+def drift_bits(now: Tensor, before: Tensor) -> Tensor:
+    r"""Kullback-Leibler divergence between the histograms of consecutive checks, ``sum_b p_b log2(p_b / q_b)``.
+
+    Half a count is added to every bin (Jeffreys' prior), so that a bin that was empty before does not make the
+    divergence infinite. Equals ``scipy.stats.entropy(now + 0.5, before + 0.5, base=2, axis=-1)``.
+
+    Args:
+        now: counts that give ``p``, shape [..., B], B bins.
+        before: counts that give ``q``, same shape.
+
+    Returns:
+        Bits, shape [...], >= 0.
+    """
+    p, q = now.double() + 0.5, before.double() + 0.5
+    p, q = p / p.sum(-1, keepdim=True), q / q.sum(-1, keepdim=True)
+    return (p * (p / q).log2()).sum(-1).clamp_min(0.0)
 
 
 def on_off_entropy_bits(rate: Tensor) -> Tensor:
@@ -220,6 +238,24 @@ class Activity:
         for name in self.REDUCTIONS:
             value = getattr(self, name)
             setattr(self, name, value[channels.to(value.device)])
+
+    def state_dict(self) -> dict[str, Any]:
+        """All sums and counts; tensors on the CPU."""
+        tensors = {name: getattr(self, name).cpu() for name in self.REDUCTIONS}
+        return {"samples": self.samples, "values": self.values, **tensors}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from what `state_dict` returned.
+
+        Raises:
+            ValueError: other channels or bins.
+        """
+        self.samples, self.values = state["samples"], state["values"]
+        for name in self.REDUCTIONS:
+            mine = getattr(self, name)
+            if mine.shape != state[name].shape:
+                raise ValueError(f"{name}: expected shape {list(mine.shape)}, found {list(state[name].shape)}")
+            setattr(self, name, state[name].to(mine.device))
 
     @property
     def finite(self) -> bool:

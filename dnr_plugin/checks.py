@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from .checkpoint import load_checkpoint_state
 from .data import check_data, data_shape, train_size
+from .dynamics import Timetable
 from .errors import InputError, did_you_mean
 from .graph import kept_modes
 from .layers import Limits
@@ -38,6 +40,8 @@ def check_recipe(recipe: Recipe) -> None:
         lambda: check_model(recipe.model),
         lambda: check_score(recipe),
         lambda: check_sizes(recipe, train_size(recipe.data)),
+        lambda: check_live_noise(recipe),
+        lambda: check_timetable(recipe, train_size(recipe.data)),
     ]
     for check in checks:
         try:
@@ -51,7 +55,9 @@ def check_recipe(recipe: Recipe) -> None:
     example = example_image(in_channels, image_size)
     check_forward(model, example, classes)
     check_pressure(model, recipe)
-    check_target(model, example, recipe.prune.target.kind, recipe.prune.target.value, limits_of(recipe))
+    target = recipe.prune.target
+    if target is not None:
+        check_target(model, example, target.kind, target.value, limits_of(recipe))
 
 
 def check_ranks() -> None:
@@ -130,6 +136,87 @@ def check_sizes(recipe: Recipe, images: int | None) -> None:
     ]
     if found:
         raise InputError(*found)
+
+
+def check_live_noise(recipe: Recipe) -> None:
+    """Refuses noise on live neurons where no checks tell which these are."""
+    found = []
+    for stage, options in (("train", recipe.train), ("finetune", recipe.finetune)):
+        noise, watched = options.pressure.noise, stage == "train" and recipe.prune.mode != "after_training"
+        if noise is not None and noise.neurons == "live" and not watched:
+            found.append(
+                f"{stage}.pressure.noise.neurons: expected all, since only prune.mode dynamic or watch knows which are "
+                "live, and only in train, found live"
+            )
+    if found:
+        raise InputError(*found)
+
+
+def timetable(recipe: Recipe, images: int) -> Timetable:
+    """When a run looks at its neurons, given how many training images there are."""
+    train, dynamics = recipe.train, recipe.prune.dynamics
+    per_epoch = images // train.batch_size
+    every = max(1, round(dynamics.check_every * per_epoch))
+    return Timetable(
+        every,
+        until=math.floor(dynamics.until * train.epochs * per_epoch + 1e-9),
+        watched=min(every, -(-recipe.prune.observe.samples // train.batch_size)),
+        warmup=round(dynamics.warmup_epochs * per_epoch),
+        remove_at=tuple(round(epoch * per_epoch) for epoch in dynamics.remove_at or ()),
+    )
+
+
+def check_timetable(recipe: Recipe, images: int | None) -> None:
+    """Refuses a run too short for its own checks, warm-up and patience; images None: unknown."""
+    train, dynamics, mode = recipe.train, recipe.prune.dynamics, recipe.prune.mode
+    if mode == "after_training":
+        return
+    if train.epochs == 0:
+        raise InputError(f"train.epochs: expected at least 1 with prune.mode {mode}, found 0")
+    if images is None or images < train.batch_size:
+        return
+    found = []
+    times = timetable(recipe, images)
+    between = times.check_every * train.batch_size
+    if recipe.prune.observe.min_samples > between:
+        found.append(
+            f"prune.observe.min_samples: expected at most {between}, the images from one check to the next, "
+            f"found {recipe.prune.observe.min_samples}"
+        )
+    if dynamics.check_every > train.epochs:
+        found.append(
+            f"prune.dynamics.check_every: expected at most {train.epochs}, the epochs there are, "
+            f"found {dynamics.check_every:g}"
+        )
+    elif mode == "dynamic":
+        found += _too_short(recipe, times)
+    if found:
+        raise InputError(*found)
+
+
+def _too_short(recipe: Recipe, times: Timetable) -> list[str]:
+    """What does not fit into the epochs in which neurons may be removed."""
+    dynamics = recipe.prune.dynamics
+    end = dynamics.until * recipe.train.epochs
+    if max(times.remove_at, default=0) > times.until:
+        return [
+            f"prune.dynamics.remove_at: expected epochs up to {end:g}, which is until ({dynamics.until:g}) of "
+            f"train.epochs ({recipe.train.epochs}), found {max(dynamics.remove_at or []):g}"
+        ]
+    if dynamics.remove_at:
+        end = max(dynamics.remove_at)
+    waiting = times.last - times.first  # checks that the first candidates can wait
+    if waiting < 0:
+        return [
+            f"prune.dynamics.warmup_epochs: expected to end before the last removal (epoch {end:g}), "
+            f"found {dynamics.warmup_epochs:g}"
+        ]
+    if waiting < dynamics.patience:
+        return [
+            f"prune.dynamics.patience: expected at most {waiting}, the checks from warm-up (epoch "
+            f"{dynamics.warmup_epochs:g}) to the last removal (epoch {end:g}), found {dynamics.patience}"
+        ]
+    return []
 
 
 def check_forward(model: nn.Module, example: Tensor, num_classes: int) -> None:

@@ -203,6 +203,9 @@ def _plan(arguments: argparse.Namespace) -> int:
         plan, rows, missed = plan_recipe(recipe, arguments.device, _track)
     except InputError as error:
         raise located(error, file, arguments.overrides) from None
+    if plan is None:
+        _show(layer_table(rows, f"{recipe.name}: as it is"), "- Mode watch removes nothing.")
+        return DONE
     notes = [f"{layer} is left alone: {reason}." for layer, reason in plan.skipped]
     if recipe.model.checkpoint is None:
         notes.append("Weights are untrained: after training, other neurons go and layers may shrink differently.")

@@ -123,10 +123,18 @@ class DyingNeuronImportance(tp.importance.Importance):  # type: ignore[misc]
             ValueError: an activation was not finite.
             RuntimeError: no activation was read.
         """
-        observer = Observer(model, threshold=self.threshold, share=self.share, bins=self.bins)
+        observer = self.observer_of(model)
         with observer:
             yield observer
-        if self.observer is not None and _network(self.observer.model) is not _network(model):
+        self.judge_by(observer)
+
+    def observer_of(self, model: nn.Module, *, training: bool = False) -> Observer:
+        """An observer with this criterion's settings, not yet open."""
+        return Observer(model, threshold=self.threshold, share=self.share, bins=self.bins, training=training)
+
+    def judge_by(self, observer: Observer) -> None:
+        """Scores by what a closed observer has read, from now on."""
+        if self.observer is not None and _network(self.observer.model) is not _network(observer.model):
             self._first_size.clear()
             self._order.clear()
         self.observer = observer

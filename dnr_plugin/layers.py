@@ -59,6 +59,10 @@ class Layer:
         """Of marked neurons, shape [size], those whose offset is marked in every block: only these can go."""
         return marked.view(self.blocks, -1).all(0).repeat(self.blocks)
 
+    def touched(self, marked: Tensor) -> Tensor:
+        """Neurons whose offset is marked in any block, shape [size]."""
+        return marked.view(self.blocks, -1).any(0).repeat(self.blocks)
+
 
 def prunable_layers(
     model: nn.Module, example_inputs: Any, limits: Limits, sizes: Mapping[str, int]

@@ -118,6 +118,19 @@ def score_neurons(name: str, evidence: Sequence[Evidence], neurons: int) -> Tens
     return found.sum(0) if score.across == "sum" else found.amax(0)
 
 
+def histograms(evidence: Sequence[Evidence], neurons: int) -> Tensor:
+    """Activation histogram of each neuron, summed over its consumers and their channels; int64, shape [n, bins].
+
+    Args:
+        evidence: every consumer of the group, at least one.
+        neurons: n.
+    """
+    found = torch.zeros(neurons, evidence[0].activity.bins, dtype=torch.int64)
+    for e in evidence:
+        found.index_add_(0, e.use.neurons, e.activity.histogram.cpu()[e.use.channels])
+    return found
+
+
 @dataclass(frozen=True)
 class Verdict:
     """What the observed samples say about each of n neurons; bool tensors of shape [n].

@@ -7,10 +7,11 @@ it already, whether these were modules, functions or the same module called twic
 from __future__ import annotations
 
 import contextlib
+import copy
 import threading
 import weakref
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import Any
 
@@ -57,6 +58,12 @@ def input_channels(module: nn.Module) -> int:
     raise TypeError(f"{type(module).__name__} is not a consumer")
 
 
+def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """What a consumer is called on: its first argument, by position or name; None where that is no float tensor."""
+    a = args[0] if args else kwargs.get("input", kwargs.get("query"))
+    return a if isinstance(a, Tensor) and a.is_floating_point() else None
+
+
 def _channels_second(module: nn.Module, a: Tensor) -> Tensor:
     """Any input a consumer accepts, as a view of shape [N, C, P]."""
     if isinstance(module, nn.modules.conv._ConvNd):
@@ -98,8 +105,8 @@ class _InputHook:
         return {"observer": None, "name": self.name}
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        a = args[0] if args else kwargs.get("input", kwargs.get("query"))
-        if self.observer is not None and isinstance(a, Tensor) and a.is_floating_point():
+        a = input_of(args, kwargs)
+        if self.observer is not None and a is not None:
             self.observer._read(self.name, module, a)
 
 
@@ -113,6 +120,8 @@ class Observer:
     Args:
         model: any network; a DataParallel, DistributedDataParallel or compiled wrapper is seen through.
         threshold, share, bins: see `activity.Activity`.
+        training: watch a network that trains: read only in train mode, and ahead of other hooks, such as those that
+            zero candidates.
 
     Attributes:
         activities: statistics by the consumer's name, of those that were called; brought up to date when the context
@@ -120,9 +129,17 @@ class Observer:
         modules: every consumer by name, called or not.
     """
 
-    def __init__(self, model: nn.Module, *, threshold: float = 0.0, share: float = 0.125, bins: int = 16) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        threshold: float = 0.0,
+        share: float = 0.125,
+        bins: int = 16,
+        training: bool = False,
+    ) -> None:
         self.model = model
-        self.threshold, self.share, self.bins = threshold, share, bins
+        self.threshold, self.share, self.bins, self.training = threshold, share, bins, training
         self.modules = {name: module for module, name in module_names(model).items() if is_consumer(module)}
         self.activities: dict[str, Activity] = {}
         self._by_device: dict[tuple[str, torch.device], Activity] = {}
@@ -135,15 +152,14 @@ class Observer:
         if self._handles:
             raise RuntimeError("this observer is already open")
         for name, module in self.modules.items():
-            self._handles.append(module.register_forward_pre_hook(_InputHook(self, name), with_kwargs=True))
+            hook = _InputHook(self, name)
+            self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True, prepend=self.training))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        self.release()
         read = bool(self._by_device)
         self._collect()
         if kind is not None:
@@ -161,6 +177,12 @@ class Observer:
                 "warmed up before (hooks added later never fire in a compiled model: observe first)"
             )
 
+    def release(self) -> None:
+        """Removes the hooks and asks nothing about what they read."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """Lets the model be called without being observed."""
@@ -177,8 +199,41 @@ class Observer:
             self._by_device.clear()
             self._recent.clear()
 
+    @property
+    def samples(self) -> int:
+        """The fewest samples that any layer called so far has seen, also inside the context."""
+        seen: dict[str, int] = {name: activity.samples for name, activity in self.activities.items()}
+        for (name, _), activity in self._by_device.items():
+            seen[name] = seen.get(name, 0) + activity.samples
+        return min(seen.values(), default=0)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything read so far, as tensors and plain numbers; on the CPU."""
+        merged: dict[str, Activity] = {}
+        for name, activity in [*self.activities.items(), *((name, a) for (name, _), a in self._by_device.items())]:
+            if name in merged:
+                merged[name].merge(activity)
+            else:
+                merged[name] = copy.copy(activity)
+        return {name: activity.state_dict() for name, activity in merged.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from what `state_dict` returned, for a network of the same widths."""
+        self.reset()
+        for name, values in state.items():
+            module = self.modules[name]
+            parameter = next(module.parameters())
+            activity = Activity(
+                input_channels(module), threshold=self.threshold, share=self.share, bins=self.bins,
+                device=parameter.device,
+            )  # fmt: skip
+            activity.load_state_dict(values)
+            self._by_device[name, parameter.device] = activity
+
     def _read(self, name: str, module: nn.Module, a: Tensor) -> None:
         if self._paused or _being_traced(module) or _in_backward() or a.numel() == 0:
+            return
+        if self.training and not self.model.training:
             return
         # DataParallel replicas run in threads: one set of sums for each device, merged at the end
         with self._lock:

@@ -45,7 +45,7 @@ class Plan:
         kind, requested: the target.
         achieved: the target's measure after the removal.
         neurons: hidden neurons before this removal; dense_neurons: in the dense model.
-        dead: how many neurons are dead; None where the criterion does not observe.
+        dead: how many neurons are dead or dying; None where the criterion does not observe.
         zero: of ``removals``, the neurons whose removal changes nothing.
         skipped: groups left alone, as (root layer, reason).
         sizes: neurons of each root layer that was considered, before this removal.
@@ -107,7 +107,7 @@ def reachable(
     trial = copy.deepcopy(model)
     prune_neurons(trial, example_inputs, removals)
     report = flop_report(trial, example_inputs)
-    return _measure(kind, report.flops, report.params, neurons - sum(map(len, removals.values())), dense)
+    return measure(kind, report.flops, report.params, neurons - sum(map(len, removals.values())), dense)
 
 
 def check_target(
@@ -124,7 +124,7 @@ def check_target(
         prunable_layers(model, example_inputs, limits, {})
         return
     closest = reachable(model, example_inputs, kind, limits, dense)
-    if not _reached(kind, closest, value):
+    if not reached(kind, closest, value):
         bound = "at least" if kind in KEPT_TARGETS else "at most"
         raise InputError(
             f"prune.target.{kind}: expected {bound} {closest:.4f}, which is as far as ignored, round_to and "
@@ -142,6 +142,7 @@ def plan_removal(
     scope: str = "local",
     limits: Limits = Limits(),
     dense: Baseline | None = None,
+    dying: Mapping[str, Tensor] | None = None,
 ) -> Plan:
     """Chooses neurons so that a target is just reached: with one removal step less it would not be.
 
@@ -158,6 +159,7 @@ def plan_removal(
         scope: "local", "global" or "isomorphic".
         limits: what may be taken.
         dense: the dense model's `baseline`; this model by default.
+        dying: root layer -> neurons that go as the dead ones do, bool, shape [n].
 
     Raises:
         TargetError: the target cannot be reached; with the closest value, and the plan that reaches it.
@@ -182,20 +184,22 @@ def plan_removal(
             skipped.append((layer.name, reasons.get(layer.name, "the criterion gives it no score")))
             continue
         is_dead = verdict.dead if verdict is not None else torch.zeros(layer.size, dtype=torch.bool)
+        if dying is not None and layer.name in dying:
+            is_dead = is_dead | dying[layer.name]
         if verdict is not None:
             if inexact_reason(layer.group) is None:
                 zero[layer.name] = layer.whole(verdict.zero)
-            dead_in[layer.name] = int(verdict.dead.sum())
+            dead_in[layer.name] = int(is_dead.sum())
         steps += _layer_steps(index, layer, scores, is_dead)
     steps = _ordered(steps, layers, scope)
 
     cost = CostModel(model, flop_report(model, example_inputs))
-    predicted, left = [_measure(kind, cost.flops, cost.params, neurons, dense)], neurons
+    predicted, left = [measure(kind, cost.flops, cost.params, neurons, dense)], neurons
     for step in steps:
         taken = len(step.offsets) * layers[step.layer].blocks
         cost.remove({key: count * taken for key, count in layers[step.layer].effect.items()})
         left -= taken
-        predicted.append(_measure(kind, cost.flops, cost.params, left, dense))
+        predicted.append(measure(kind, cost.flops, cost.params, left, dense))
 
     def removals(count: int) -> dict[str, list[int]]:
         chosen: dict[str, list[int]] = {}
@@ -214,7 +218,7 @@ def plan_removal(
             before, after = latencies([dense.model, trial], example_inputs)
             return after / before
         report = flop_report(trial, example_inputs)
-        return _measure(kind, report.flops, report.params, 0, dense)
+        return measure(kind, report.flops, report.params, 0, dense)
 
     unreachable: TargetError | None = None
     try:
@@ -287,7 +291,8 @@ def _ordered(steps: Sequence[_Step], layers: Sequence[Layer], scope: str) -> lis
     return [step for _, step in keyed]
 
 
-def _measure(kind: str, flops: float, params: float, neurons: int, dense: Baseline) -> float:
+def measure(kind: str, flops: float, params: float, neurons: int, dense: Baseline) -> float:
+    """The measure of a target for a model of so many FLOPs, parameters and hidden neurons; "dead" counts neurons."""
     if kind == "flops":
         return flops / dense.report.flops
     if kind == "params":
@@ -297,7 +302,8 @@ def _measure(kind: str, flops: float, params: float, neurons: int, dense: Baseli
     return 1.0 - neurons / dense.neurons
 
 
-def _reached(kind: str, achieved: float, requested: float) -> bool:
+def reached(kind: str, achieved: float, requested: float) -> bool:
+    """Whether a measure meets the target."""
     return achieved <= requested + 1e-9 if kind in KEPT_TARGETS else achieved >= requested - 1e-9
 
 
@@ -308,17 +314,17 @@ def _first_reached(
     last, error = len(predicted) - 1, 0.0
     missed, met, best = -1, last + 1, 0.0  # the target is missed up to here, met from here on
     while True:
-        guess = next((k for k in range(last + 1) if _reached(kind, predicted[k] + error, value)), last)
+        guess = next((k for k in range(last + 1) if reached(kind, predicted[k] + error, value)), last)
         count = min(max(guess, missed + 1), met - 1)
         found = measured(count)
         error = found - predicted[count]
-        if _reached(kind, found, value):
+        if reached(kind, found, value):
             met, best = count, found
         elif count == last:
             raise _unreachable(kind, found, value)
         else:
             missed = count
-        if met - 1 == missed or (met <= last and not _reached(kind, predicted[met - 1] + error, value)):
+        if met - 1 == missed or (met <= last and not reached(kind, predicted[met - 1] + error, value)):
             return met, best
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -80,7 +80,9 @@ def add_l1(scales: Iterable[Tensor], strength: float) -> None:
 
 
 @torch.no_grad()
-def add_noise(parameters: Iterable[Tensor], std: float, seed: int) -> None:
+def add_noise(
+    parameters: Iterable[Tensor], std: float, seed: int, live: Callable[[Tensor], Tensor | None] | None = None
+) -> None:
     """Adds normal noise to the gradients that there are.
 
     It depends on the seed, the shapes and the kind of device alone: the global generators are neither read nor moved,
@@ -90,11 +92,16 @@ def add_noise(parameters: Iterable[Tensor], std: float, seed: int) -> None:
         parameters: all on one device.
         std: standard deviation of each element's noise, >= 0.
         seed: of this step.
+        live: of a parameter, factors that broadcast to its shape: 0 where it belongs to a dead neuron and gets no
+            noise, 1 elsewhere; None for 1 everywhere.
     """
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    if not gradients:
-        return
-    generator = torch.Generator(gradients[0].device).manual_seed(seed)
-    for gradient in gradients:
+    generator: torch.Generator | None = None
+    for parameter in parameters:
+        gradient = parameter.grad
+        if gradient is None:
+            continue
+        if generator is None:
+            generator = torch.Generator(gradient.device).manual_seed(seed)
         noise = torch.randn(gradient.shape, generator=generator, device=gradient.device, dtype=gradient.dtype)
-        gradient.add_(noise, alpha=std)
+        factors = None if live is None else live(parameter)
+        gradient.add_(noise if factors is None else noise * factors, alpha=std)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
+import math
 import os
+import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
@@ -23,10 +26,13 @@ from .checks import (
     check_recipe,
     check_sizes,
     check_space,
+    check_timetable,
     example_image,
     limits_of,
+    timetable,
 )
 from .data import Data, derive_seed, load_data
+from .dynamics import Check, DyingNeuronDynamics
 from .environment import device_name, pick_device, placed, versions
 from .errors import InputError, RunError, TargetError
 from .files import atomic_write
@@ -36,10 +42,10 @@ from .inputs import call, tensors
 from .layers import Limits
 from .measure import flop_report, latencies
 from .models import build_model
-from .planning import KEPT_TARGETS, Baseline, Plan, baseline, plan_removal
+from .planning import KEPT_TARGETS, Baseline, Plan, baseline, measure, plan_removal, reached
 from .recipe import write_recipe
 from .removal import output_difference, prune_neurons
-from .schema import Recipe
+from .schema import Recipe, TargetOptions
 from .train import Progress, Trainer, evaluate
 
 Track = Callable[[Iterable[Any], int, str], Iterable[Any]]
@@ -98,6 +104,7 @@ def prepared(recipe: Recipe, folder: Path, device: torch.device, track: Track) -
     torch.manual_seed(derive_seed(recipe.seed, "weights"))
     data = load_data(recipe.data, recipe.seed)
     check_sizes(recipe, len(data.train))
+    check_timetable(recipe, len(data.train))
     model = build_model(recipe.model, data.num_classes, data.in_channels, data.image_size)
     example = example_image(data.in_channels, data.image_size)
     check_forward(model, example, data.num_classes)
@@ -137,8 +144,11 @@ class _Run:
         self.architecture = json.dumps(checkpoint.describe(self.model))
         if self.stage == "train":
             self.train("train", state)
-            self.results["dense_accuracy"] = self.accuracy()
-            self.stage, self.epoch, state = "prune", 0, None
+            if self.recipe.prune.mode == "after_training":
+                self.results["dense_accuracy"], self.stage = self.accuracy(), "prune"
+            else:
+                self.results["accuracy_before_finetune"], self.stage = self.accuracy(), "finetune"
+            self.epoch, state = 0, None
             self.save()
         if self.stage == "prune":
             with self.timed("prune"):
@@ -158,25 +168,91 @@ class _Run:
         seed = derive_seed(self.recipe.seed, stage)
         torch.manual_seed(seed)  # of dropout and the like
         trainer = Trainer(self.model, self.train_images, options, seed, self.recipe.data.augment)
+        watched = stage == "train" and self.recipe.prune.mode != "after_training"
+        dynamics = self.dynamics(trainer.optimizer) if watched else None
         if state is not None and "optimizer" in state:
             trainer.optimizer.load_state_dict(state["optimizer"])
             trainer.schedule.load_state_dict(state["schedule"])
+            if dynamics is not None:
+                dynamics.load_state_dict(state["dynamics"])
             _set_random_state(state)
-        for number in range(self.epoch, options.epochs):
-            start = time.perf_counter()
-            with self.timed(stage):
-                done = trainer.epoch(number, self.shown(f"{stage} epoch {number + 1}/{options.epochs}"))
-            self.epoch = number + 1
-            self.log(
-                event="epoch", stage=stage, epoch=number + 1, loss=done.loss, lr=done.lr, accuracy=self.accuracy(),
-                seconds=time.perf_counter() - start,
-            )  # fmt: skip
-            self.save(trainer)
+        trainer.dynamics = dynamics
+        with dynamics or contextlib.nullcontext():
+            for number in range(self.epoch, options.epochs):
+                start = time.perf_counter()
+                with self.timed(stage):
+                    done = trainer.epoch(number, self.shown(f"{stage} epoch {number + 1}/{options.epochs}"))
+                training = time.perf_counter() - start
+                self.epoch = number + 1
+                for check in done.checks:
+                    self.note(check, check.step / trainer.steps_per_epoch)
+                if dynamics is not None and dynamics.stopped and "stopped" not in self.results["dynamics"]:
+                    self.results["dynamics"]["stopped"] = dynamics.stopped
+                    self.log(event="stopped", epoch=number + 1, reason=dynamics.stopped)
+                self.log(
+                    event="epoch", stage=stage, epoch=number + 1, loss=done.loss, lr=done.lr, accuracy=self.accuracy(),
+                    seconds=time.perf_counter() - start, training_seconds=training,
+                    check_seconds=sum(check.seconds for check in done.checks),
+                )  # fmt: skip
+                self.save(trainer)
+            if dynamics is not None:
+                self.results["removal"] = self.removed_while_training(dynamics)
+
+    def dynamics(self, optimizer: torch.optim.Optimizer) -> DyingNeuronDynamics:
+        """What watches the neurons while the network trains."""
+        prune = self.recipe.prune
+        options, target = prune.dynamics, prune.target
+        return DyingNeuronDynamics(
+            self.model, self.example, when=timetable(self.recipe, len(self.train_images)), optimizer=optimizer,
+            kind=target.kind if target else None, value=target.value if target else 1.0,
+            patience=options.patience, zero=options.zero, ramp=options.ramp, max_share=options.max_share,
+            dying_entropy=options.dying_entropy, min_samples=prune.observe.min_samples, importance=self.importance(),
+            scope=prune.scope, limits=self.limits, dense=self.dense, fold=prune.fold,
+        )  # fmt: skip
+
+    def note(self, check: Check, epoch: float) -> None:
+        """Adds a check to the events and to the sums that the report gives."""
+        for row in check.layers:
+            values = dataclasses.asdict(row)
+            self.log(event="check", stage="train", check=check.number, epoch=epoch, step=check.step, **values)
+        sums = self.results.setdefault(
+            "dynamics",
+            {"checks": 0, "died": 0, "reactivated": 0, "restored": 0, "removed": 0, "zeroed": 0, "max_abs_diff": 0.0},
+        )
+        sums["checks"] = check.number
+        for what in ("died", "reactivated", "restored", "removed"):
+            sums[what] += sum(getattr(row, what) for row in check.layers)
+        sums["dead"], sums["neurons"] = (
+            sum(getattr(row, what) for row in check.layers) for what in ("dead", "neurons")
+        )
+        if check.max_abs_diff is not None:
+            sums["zeroed"] += sum(map(len, check.removed.values()))
+            sums["max_abs_diff"] = max(sums["max_abs_diff"], check.max_abs_diff)
+        if check.removed:
+            self.architecture = json.dumps(checkpoint.describe(self.model))
+
+    def removed_while_training(self, dynamics: DyingNeuronDynamics) -> dict[str, Any]:
+        """The same facts that `prune` notes."""
+        sums, target = self.results["dynamics"], self.recipe.prune.target
+        left = baseline(self.model, self.example)
+        achieved, met = None, True
+        if target is not None:
+            achieved = measure(target.kind, left.report.flops, left.report.params, left.neurons, self.dense)
+            met = dynamics.stopped is None and (target.kind == "dead" or reached(target.kind, achieved, target.value))
+        return {
+            "dead": sums["dead"],
+            "neurons": sums["neurons"],
+            "skipped": dynamics.skipped,
+            "exact_neurons": sums["zeroed"],
+            "max_abs_diff": sums["max_abs_diff"],
+            "achieved": achieved,
+            "reached": met,
+        }
 
     def prune(self) -> None:
         """Observes and removes, in the recipe's number of steps."""
         options = self.recipe.prune
-        target = options.target
+        target = _given(options.target)
         done: dict[str, Any] = {"skipped": [], "exact_neurons": 0, "max_abs_diff": 0.0, "reached": True}
         for step in range(1, options.steps + 1):
             importance = self.importance()
@@ -196,7 +272,8 @@ class _Run:
 
     def plan(self, importance: DyingNeuronImportance, value: float) -> Plan:
         options = self.recipe.prune
-        if options.target.kind != "latency":
+        target = _given(options.target)
+        if target.kind != "latency":
             inputs = self.example
         else:
             inputs = self.timed_images()
@@ -204,7 +281,7 @@ class _Run:
                 self.dense = baseline(self.model, self.example, keep_model=True)
         for _ in self.track([None], 1, "planning the removal"):
             plan = plan_removal(
-                self.model, inputs, importance, options.target.kind, value,
+                self.model, inputs, importance, target.kind, value,
                 scope=options.scope, limits=self.limits, dense=self.dense,
             )  # fmt: skip
         return plan
@@ -265,7 +342,8 @@ class _Run:
             "device": device_name(self.device),
             "versions": versions(),
             "seconds": seconds,
-            "dense": {"params": dense.params, "flops": dense.flops, "accuracy": self.results["dense_accuracy"]},
+            "mode": recipe.prune.mode,
+            "dense": {"params": dense.params, "flops": dense.flops, "accuracy": self.results.get("dense_accuracy")},
             "pruned": {
                 "params": pruned.params,
                 "flops": pruned.flops,
@@ -276,23 +354,38 @@ class _Run:
             "kept": kept,
             "latency": latency,
             "target": {
-                "kind": target.kind,
-                "requested": True if target.kind == "dead" else target.value,
+                "kind": target.kind if target else None,
+                "requested": (True if target.kind == "dead" else target.value) if target else None,
                 "achieved": removal["achieved"],
                 "reached": removal["reached"],
             },
             "dead": {"neurons": removal["dead"], "of": removal["neurons"]},
-            "reactivated": 0,  # a removal after training has no candidates that could come back
+            "reactivated": self.results.get("dynamics", {}).get("reactivated", 0),
+            "dynamics": self.dynamics_report(),
             "exact_removal": {"neurons": removal["exact_neurons"], "max_abs_diff": removal["max_abs_diff"]},
             "layers": report.layer_rows(dense, pruned),
             "skipped": [{"layer": layer, "reason": reason} for layer, reason in removal["skipped"]],
             "unsupported_ops": pruned.unsupported_ops,
         }
         checkpoint.save_pruned(self.model, self.folder)
-        events = [json.loads(line) for line in self.events.read_text().splitlines()]
-        report.write_report(self.folder, data, events)
+        report.write_report(self.folder, data, self.read_events())
         (self.folder / "checkpoint.pt").unlink(missing_ok=True)
         return data
+
+    def dynamics_report(self) -> dict[str, Any] | None:
+        """Sums over all checks, and how long training took against training the dense network all along."""
+        sums = self.results.get("dynamics")
+        if sums is None:
+            return None
+        epochs = [event for event in self.read_events() if event["event"] == "epoch" and event["stage"] == "train"]
+        checks = [event for event in self.read_events() if event["event"] == "check"]
+        shrunk = min((event["epoch"] for event in checks if event["removed"]), default=math.inf)
+        dense = [e["training_seconds"] - e["check_seconds"] for e in epochs if e["epoch"] <= shrunk]
+        ratio = None
+        if dense and shrunk < math.inf:
+            ratio = sum(e["training_seconds"] for e in epochs) / (len(epochs) * statistics.median(dense))
+        told = {what: sums[what] for what in ("checks", "died", "reactivated", "restored", "removed")}
+        return {**told, "stopped": sums.get("stopped"), "wall_clock_ratio": ratio}
 
     def timed_images(self) -> Tensor:
         return self.example.expand(_TIMED, -1, -1, -1).contiguous()
@@ -336,6 +429,9 @@ class _Run:
         with self.events.open("a") as file:
             file.write(json.dumps(event) + "\n")
 
+    def read_events(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.events.read_text().splitlines()]
+
     def write_events(self, text: str) -> None:
         with atomic_write(self.events) as file:
             file.write(text)
@@ -355,6 +451,8 @@ class _Run:
         if trainer is not None:
             state["optimizer"] = trainer.optimizer.state_dict()
             state["schedule"] = trainer.schedule.state_dict()
+            if trainer.dynamics is not None:
+                state["dynamics"] = trainer.dynamics.state_dict()
         checkpoint.save_checkpoint(state, self.folder / "checkpoint.pt")
 
     def restore(self) -> dict[str, Any] | None:
@@ -376,6 +474,12 @@ def _set_random_state(state: Mapping[str, Any]) -> None:
         torch.cuda.set_rng_state(state["random_cuda"])
 
 
+def _given(target: TargetOptions | None) -> TargetOptions:
+    """The target, which every mode but watch has (`PruneOptions`)."""
+    assert target is not None
+    return target
+
+
 def _renumbered(neurons: Iterable[int], gone: Iterable[int]) -> list[int]:
     """Numbers that neurons have once others of their layer are gone."""
     removed = sorted(gone)
@@ -391,17 +495,19 @@ def step_value(kind: str, value: float, step: int, steps: int) -> float:
 
 def plan_recipe(
     recipe: Recipe, device: str = "auto", track: Track = _quiet
-) -> tuple[Plan, list[dict[str, Any]], TargetError | None]:
+) -> tuple[Plan | None, list[dict[str, Any]], TargetError | None]:
     """What a recipe would remove from its model as it is now, in one step; writes nothing.
 
     Returns:
-        The plan, the layers before and after, and the error where the target cannot be reached: then the plan is the
-        closest.
+        The plan (None in mode watch, which removes nothing), the layers before and after, and the error where the
+        target cannot be reached: then the plan is the closest.
 
     Raises:
         InputError: as `run_recipe`.
     """
     run = prepared(recipe, Path(os.devnull), pick_device(device), track)
+    if recipe.prune.target is None:
+        return None, report.layer_rows(run.dense.report, run.dense.report), None
     importance = run.importance()
     run.observe(importance)
     missed = None

@@ -249,7 +249,7 @@ class DynamicsOptions(Section):
 class PruneOptions(Section):
     mode: Literal["after_training", "dynamic", "watch"] = Field(
         default="after_training",
-        description="after_training: train, remove, fine-tune; dynamic: remove while training, what does not come back; "
+        description="after_training: train, remove, fine-tune; dynamic: remove while training what does not come back; "
         "watch: remove nothing, record which neurons die and come back",
     )
     target: TargetOptions | None = Field(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .data import ImageSource, derive_seed
+from .dynamics import Check, DyingNeuronDynamics
 from .errors import RunError
 from .graph import kept_modes
 from .pressure import add_l1, add_noise, batchnorm_scales, scheduled
@@ -36,11 +37,13 @@ class Epoch:
         loss: mean over its steps.
         lr: learning rate of its last step.
         images: how many were trained on.
+        checks: of the neurons, where these are watched.
     """
 
     loss: float
     lr: float
     images: int
+    checks: Sequence[Check] = ()
 
 
 class Trainer:
@@ -55,6 +58,9 @@ class Trainer:
         options: of the recipe.
         seed: of order and augmentation.
         augment: names of augmentations.
+
+    Attributes:
+        dynamics: watches the neurons while an epoch runs, where it is set.
     """
 
     def __init__(
@@ -62,7 +68,7 @@ class Trainer:
     ) -> None:
         self.model, self.images, self.options, self.seed = model, images, options, seed
         self.augment = tuple(augment)
-        self._scales = batchnorm_scales(model)
+        self.dynamics: DyingNeuronDynamics | None = None
         self._last_lr = options.lr
         self.steps_per_epoch = len(images) // options.batch_size
         self.steps = self.steps_per_epoch * options.epochs
@@ -79,20 +85,33 @@ class Trainer:
             progress: wraps the steps for display.
 
         Raises:
-            DivergedError: the loss is not finite.
+            DivergedError: the loss or an activation is not finite.
         """
         self.model.train()
         losses: list[Tensor] = []
+        checks: list[Check] = []
         total = 0.0
         steps: Iterable[Tensor] = self._steps(number)
         if progress is not None:
             steps = progress(steps, self.steps_per_epoch)
         for step, loss in enumerate(steps):
             losses.append(loss)
-            if len(losses) == _CHECK_EVERY or step == self.steps_per_epoch - 1:
+            due = self.dynamics is not None and self.dynamics.due
+            if due or len(losses) == _CHECK_EVERY or step == self.steps_per_epoch - 1:
                 total += self._checked(losses, number, step)
                 losses.clear()
-        return Epoch(total / self.steps_per_epoch, self._last_lr, self.steps_per_epoch * self.options.batch_size)
+            checks += self._judged(number, step)
+        images = self.steps_per_epoch * self.options.batch_size
+        return Epoch(total / self.steps_per_epoch, self._last_lr, images, checks)
+
+    def _judged(self, epoch: int, step: int) -> list[Check]:
+        if self.dynamics is None:
+            return []
+        try:
+            check = self.dynamics.step()
+        except ValueError as error:
+            raise DivergedError(f"epoch {epoch + 1}, step {step + 1}: {error}") from error
+        return [] if check is None else [check]
 
     def _steps(self, number: int) -> Iterable[Tensor]:
         options = self.options
@@ -118,10 +137,11 @@ class Trainer:
         def noise(when: str) -> None:
             if pressure.noise is not None and pressure.noise.when == when:
                 std = pressure.noise.std * scheduled(pressure.noise.schedule, share)
-                add_noise(self.model.parameters(), std, derive_seed(self.seed, "noise", epoch, step))
+                live = self.dynamics.live if self.dynamics and pressure.noise.neurons == "live" else None
+                add_noise(self.model.parameters(), std, derive_seed(self.seed, "noise", epoch, step), live)
 
         if pressure.bn_l1 is not None:
-            add_l1(self._scales, pressure.bn_l1.strength * scheduled(pressure.bn_l1.schedule, share))
+            add_l1(batchnorm_scales(self.model), pressure.bn_l1.strength * scheduled(pressure.bn_l1.schedule, share))
         noise("before_clipping")
         if options.clip_norm is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), options.clip_norm)

@@ -1,0 +1,518 @@
+"""Training with dying neurons: dying neurons become candidates, candidates come back or are removed for good."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from .errors import TargetError
+from .graph import kept_modes, output_layers, uses
+from .history import NeuronHistory
+from .importance import DyingNeuronImportance
+from .inputs import call, one_sample, tensors
+from .layers import Layer, Limits, prunable_layers
+from .neurons import histograms, judge
+from .observe import Observer, input_channels
+from .planning import KEPT_TARGETS, TARGETS, Baseline, baseline, plan_removal
+from .removal import output_difference, prune_neurons
+from .zeroing import SoftZeros
+
+Ramp = Literal["linear", "cubic", "at_once"]
+
+
+@dataclass(frozen=True)
+class Timetable:
+    """When neurons are looked at and removed, in training steps.
+
+    Attributes:
+        check_every: steps from one check to the next, >= 1.
+        until: step at which removal ends; nothing is removed later.
+        watched: steps read before each check, in [1, check_every]; None for all.
+        warmup: step before which no neuron becomes a candidate.
+        remove_at: steps from which the first check removes; by default every check does.
+    """
+
+    check_every: int
+    until: int = 0
+    watched: int | None = None
+    warmup: int = 0
+    remove_at: tuple[int, ...] = ()
+
+    @property
+    def first(self) -> int:
+        """The first check that chooses candidates."""
+        return max(1, -(-self.warmup // self.check_every))
+
+    @property
+    def last(self) -> int:
+        """The last check that removes."""
+        return -(-max(self.remove_at) // self.check_every) if self.remove_at else self.until // self.check_every
+
+
+@dataclass(frozen=True)
+class LayerCheck:
+    """What a check found in one layer and did there.
+
+    Attributes:
+        layer: root layer of the dependency group.
+        neurons: before this check's removal.
+        dead: of these.
+        died: dead now and not at the check before.
+        reactivated: dead at the check before and not now.
+        candidates: neurons that wait for their removal after this check.
+        nominated: became candidates at this check.
+        restored: were candidates until this check and stay.
+        removed: physically, at this check.
+        entropy: mean over the neurons of the entropy of their activation histograms, bits.
+        drift: mean over the neurons of the divergence from the check before, bits; None at the first check.
+    """
+
+    layer: str
+    neurons: int
+    dead: int
+    died: int
+    reactivated: int
+    candidates: int
+    nominated: int
+    restored: int
+    removed: int
+    entropy: float
+    drift: float | None
+
+
+@dataclass(frozen=True)
+class Check:
+    """One look at all neurons.
+
+    Attributes:
+        number: from 1.
+        step: training steps done.
+        layers: every layer that was judged.
+        removed: root layer -> neurons that were removed, by their numbers before.
+        max_abs_diff: largest change of the outputs for ``example_inputs`` by removing zeroed candidates; None where
+            none were removed.
+        seconds: that the check took.
+    """
+
+    number: int
+    step: int
+    layers: Sequence[LayerCheck]
+    removed: Mapping[str, Sequence[int]]
+    max_abs_diff: float | None
+    seconds: float
+
+
+class DyingNeuronDynamics:
+    """Watches the neurons of a network that is being trained, and removes those that stay dead or useless.
+
+    Every ``when.check_every`` steps the neurons are judged on the training batches just seen. Neurons whose removal the
+    target calls for, dead ones first, become *candidates*: from then on they are zero where they are used, but go on
+    learning (`zeroing.SoftZeros`). A candidate that was dead and fires again is restored, and so is one that others
+    have come to rank below. What is still a candidate after ``patience`` checks is removed physically: parameters,
+    gradients, optimizer state and statistics shrink, learning rate schedules go on, and the network trains on, smaller.
+    Since it was zero all along, its removal changes nothing (but behind LayerNorm, GroupNorm and softmax over
+    channels).
+
+    The policy of *DNR-Pruning* (Wang & Jiang, TMLR 2025), whose code cannot run; soft zeros after SFP (He et al., IJCAI
+    2018); with ``kind="dead"`` and ``patience=0`` that of DemP (Dufort-Labbé et al., arXiv 2403.07688).
+
+    Example:
+        >>> with DyingNeuronDynamics(model, example_inputs, when=Timetable(check_every=100, until=2000),
+        ...                          optimizer=optimizer, kind="flops", value=0.5) as dynamics:
+        ...     for images, labels in batches:
+        ...         optimizer.zero_grad()
+        ...         loss_of(model(images), labels).backward()
+        ...         optimizer.step()
+        ...         check = dynamics.step()
+
+    With `DistributedDataParallel`, give the network inside the wrapper, and wrap it anew after a check that removed
+    something: its reducer holds the old parameters. Statistics are summed over the ranks, so that all remove the same.
+
+    Args:
+        model: the bare network; changed in place while it trains. Hooks live only inside the context.
+        example_inputs: as Torch-Pruning takes them.
+        when: to look at the neurons and to remove some.
+        optimizer: taken along when neurons are removed.
+        kind: a target of `planning.TARGETS` but latency; None to watch and remove nothing.
+        value: share kept ("flops", "params") or removed ("neuron_sparsity", "weight_sparsity") at the end.
+        patience: checks that a candidate waits, >= 0; 0 removes it at once.
+        zero: whether candidates are zeroed while they wait.
+        ramp: how the target is approached from check to check; see the recipes' ``prune.dynamics.ramp``.
+        max_share: largest share in (0, 1] of a layer that becomes candidates at one check; at least one neuron.
+        dying_entropy: a neuron whose activation histogram has at most this entropy in bits, and less than at the
+            check before, is dying and goes as the dead ones do; None: only dead ones.
+        min_samples: samples per layer that a check needs; it is put off until so many were read.
+        importance: ranks the neurons and sets how they are read; `DyingNeuronImportance()` by default.
+        scope: "local", "global" or "isomorphic" (`planning.plan_removal`).
+        limits: what may be removed.
+        dense: `planning.baseline` of the dense model, when going on with one that was pruned.
+        fold: move the means of removed neurons that were not zeroed into what follows.
+
+    Attributes:
+        checks: how many there were.
+        histories: root layer -> `NeuronHistory`.
+        skipped: groups that were left alone at the last check, as (root layer, reason).
+        finished: whether removal has ended.
+        stopped: why it ended early, or None.
+
+    Raises:
+        ValueError: an argument is out of range.
+        InputError: the model cannot be traced, or the limits name no layer.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example_inputs: Any,
+        *,
+        when: Timetable,
+        optimizer: torch.optim.Optimizer | None = None,
+        kind: str | None = "dead",
+        value: float = 1.0,
+        patience: int = 2,
+        zero: bool = True,
+        ramp: Ramp = "cubic",
+        max_share: float = 0.25,
+        dying_entropy: float | None = None,
+        min_samples: int = 1536,
+        importance: DyingNeuronImportance | None = None,
+        scope: str = "local",
+        limits: Limits = Limits(),
+        dense: Baseline | None = None,
+        fold: bool = True,
+    ) -> None:
+        targets = [target for target in TARGETS if target != "latency"]
+        if kind is not None and kind not in targets:
+            raise ValueError(f"kind: expected None or one of {', '.join(targets)}, found {kind!r}")
+        every = when.check_every
+        if every < 1 or not 1 <= (when.watched or every) <= every:
+            raise ValueError(f"when: expected 1 <= watched <= check_every, found {when}")
+        if kind is not None and (when.last - when.first < patience or max(when.remove_at, default=0) > when.until):
+            raise ValueError(
+                f"when: expected the first candidates (check {when.first}) to have {patience} checks of patience "
+                f"before the last removal (check {when.last}), and removals before until, found {when}"
+            )
+        self.model, self.example, self.optimizer = model, one_sample(example_inputs), optimizer
+        self.kind, self.value, self.patience, self.zero, self.ramp = kind, value, patience, zero, ramp
+        self.when, self._removing = when, {-(-step // every) for step in when.remove_at}
+        self.max_share, self.dying_entropy, self.min_samples = max_share, dying_entropy, min_samples
+        self.importance = importance or DyingNeuronImportance()
+        self.scope, self.limits, self.fold = scope, limits, fold
+        self.dense = dense or baseline(model, example_inputs)
+        self._outputs = output_layers(model, self.example)
+        self._zeros = SoftZeros()
+        self._observer: Observer | None = None
+        self._live: dict[Tensor, Tensor] = {}
+        self._inside = False
+        self._read: Mapping[str, Any] | None = None
+        self._step, self._next, self._number = 0, every, 0
+        self.checks = 0
+        self.histories: dict[str, NeuronHistory] = {}
+        self.skipped: list[tuple[str, str]] = []
+        self.finished = kind is None
+        self.stopped: str | None = None
+
+    def __enter__(self) -> DyingNeuronDynamics:
+        self._inside = True
+        if self.histories:
+            self._install(self._layers())
+        self._watch()
+        if self._observer is not None and self._read is not None:
+            self._observer.load_state_dict(self._read)
+        self._read = None
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Ends watching; candidates that still wait are zeroed no longer."""
+        self._inside = False
+        self._zeros.clear()
+        if self._observer is not None:
+            self._observer.release()
+            self._observer = None
+
+    @property
+    def due(self) -> bool:
+        """Whether the next call of `step` will judge the neurons."""
+        if self._observer is None or self._step + 1 < self._next:
+            return False
+        return self._observer.samples * _ranks() >= self.min_samples
+
+    def step(self) -> Check | None:
+        """Counts a training step, to be called after the optimizer's; judges the neurons when it is time.
+
+        Returns:
+            What was found and done, or None where no check was due.
+
+        Raises:
+            RuntimeError: outside of the context; or no activation was read.
+            ValueError: activations were not finite.
+        """
+        if not self._inside:
+            raise RuntimeError("dynamics.step() was called outside of `with dynamics:`, where nothing is watched")
+        due = self.due
+        self._step += 1
+        check = self._check() if due else None
+        self._watch()
+        return check
+
+    def live(self, parameter: Tensor) -> Tensor | None:
+        """Factors that broadcast to a parameter: 0 where it makes a neuron that was dead at the last check, else 1.
+
+        None where it makes no dead neuron. For `pressure.add_noise`.
+        """
+        return self._live.get(parameter)
+
+    def _watch(self) -> None:
+        """Opens the observer for the last steps before a check."""
+        if self._observer is None and self._next - self._step <= (self.when.watched or self.when.check_every):
+            self._observer = self.importance.observer_of(self.model, training=True)
+            self._observer.__enter__()
+
+    def _check(self) -> Check:
+        start = time.perf_counter()
+        self._judge()
+        self.checks += 1
+        # from here on the network is traced and copied, which is not for hooks to see
+        self._zeros.clear()
+        layers = self._layers()
+        changed: dict[str, tuple[Tensor, Tensor]] = {}
+        for layer in layers:
+            evidence = self.importance.evidence(layer.group)
+            if not evidence:
+                self.skipped.append((layer.name, self.importance.skipped[layer.name]))
+                continue
+            history = self.histories.setdefault(layer.name, NeuronHistory(layer.size, self.importance.bins))
+            changed[layer.name] = history.update(judge(evidence, layer.size).dead, histograms(evidence, layer.size))
+        judged = [layer for layer in layers if layer.name in changed]
+        moved = self._move(judged)
+        rows = []
+        for layer in judged:
+            history, (died, reactivated) = self.histories[layer.name], changed[layer.name]
+            nominated, restored = moved[layer.name]
+            rows.append(
+                LayerCheck(
+                    layer.name,
+                    layer.size,
+                    int(history.dead.sum()),
+                    int(died.sum()),
+                    int(reactivated.sum()),
+                    0,
+                    nominated,
+                    restored,
+                    0,
+                    float(history.entropy.mean()),
+                    float(history.drift.mean()) if history.checks > 1 else None,
+                )
+            )
+        removed, difference = self._remove(judged)
+        self._number = self._step // self.when.check_every
+        self._next = (self._number + 1) * self.when.check_every
+        rows = [
+            dataclasses.replace(
+                row,
+                candidates=int(self.histories[row.layer].candidates.sum()),
+                removed=len(removed.get(row.layer, ())),
+            )
+            for row in rows
+        ]
+        return Check(self.checks, self._step, rows, removed, difference, time.perf_counter() - start)
+
+    def _judge(self) -> None:
+        """Hands what was read over to the criterion, the sum of all ranks."""
+        assert self._observer is not None
+        observer, self._observer = self._observer, None
+        observer.__exit__(None, None, None)
+        if _ranks() > 1:
+            for activity in observer.activities.values():
+                activity.all_reduce()
+        self.importance.judge_by(observer)
+
+    def _layers(self) -> list[Layer]:
+        layers, self.skipped, _ = prunable_layers(self.model, self.example, self.limits, self.dense.sizes)
+        return layers
+
+    def _move(self, layers: Sequence[Layer]) -> dict[str, tuple[int, int]]:
+        """Nominates and restores candidates; (nominated, restored) of each layer."""
+        number = self._step // self.when.check_every
+        moved = {layer.name: (0, 0) for layer in layers}
+        if self.finished or number < self.when.first:
+            return moved
+        if self._collapsed(layers):
+            self.finished, self.stopped = True, "every neuron that the outputs depend on is dead"
+            for layer in layers:
+                moved[layer.name] = (0, int(self.histories[layer.name].candidates.sum()))
+                self.histories[layer.name].waiting.fill_(-1)
+            return moved
+        wanted = self._wanted(layers, number)
+        if not wanted and number >= self.when.last - self.patience and self.kind != "dead":  # the target is met
+            self.finished = True
+        for layer in layers:
+            history, called = self.histories[layer.name], torch.zeros(layer.size, dtype=torch.bool)
+            called[list(wanted.get(layer.name, ()))] = True
+            waiting = history.candidates
+            restored = waiting & (~called | layer.touched(history.nominated_dead & ~history.dead))
+            history.waiting[restored] = -1
+            history.waiting[waiting & ~restored] += 1
+            fresh = self._capped(layer, called & ~waiting, final=number >= self.when.last)
+            history.waiting[fresh] = 0
+            history.nominated_dead[fresh] = history.dead[fresh]
+            moved[layer.name] = (int(fresh.sum()), int(restored.sum()))
+        return moved
+
+    def _collapsed(self, layers: Sequence[Layer]) -> bool:
+        """Whether the outputs are constant because all that reaches them is dead."""
+        return any(
+            bool(self.histories[layer.name].dead.all())
+            for layer in layers
+            if any(use.module in self._outputs for use in uses(layer.group))
+        )
+
+    def _wanted(self, layers: Sequence[Layer], number: int) -> Mapping[str, Sequence[int]]:
+        """The neurons whose removal the target calls for at this check."""
+        assert self.kind is not None
+        value = self.value if self.kind == "dead" else self._value(number)
+        dying = {}
+        for layer in layers:
+            history = self.histories[layer.name]
+            if self.dying_entropy is not None:
+                dying[layer.name] = history.falling & (history.entropy <= self.dying_entropy)
+            elif number >= self.when.last and self.kind != "dead":  # what the network already does without goes first
+                dying[layer.name] = history.candidates
+        try:
+            plan = plan_removal(
+                self.model, self.example, self.importance, self.kind, value,
+                scope=self.scope, limits=self.limits, dense=self.dense, dying=dying,
+            )  # fmt: skip
+        except TargetError as error:
+            plan = error.plan
+        return plan.removals
+
+    def _value(self, number: int) -> float:
+        """The target's value at a check: it starts at nothing and reaches its own at the last nominating check."""
+        t = min(1.0, (number - self.when.first + 1) / (self.when.last - self.patience - self.when.first + 1))
+        share = {"linear": t, "cubic": 1.0 - (1.0 - t) ** 3, "at_once": 1.0}[self.ramp]
+        return 1.0 - (1.0 - self.value) * share if self.kind in KEPT_TARGETS else self.value * share
+
+    def _capped(self, layer: Layer, fresh: Tensor, final: bool) -> Tensor:
+        """Of neurons about to become candidates as many as the cap allows, the lowest in score."""
+        most = max(1, int(self.max_share * layer.size // layer.blocks))
+        return fresh if final else self._lowest(layer, fresh, most)
+
+    def _lowest(self, layer: Layer, marked: Tensor, most: int) -> Tensor:
+        """Of marked whole offsets the ``most`` lowest in score."""
+        scores = self.importance(layer.group)
+        assert scores is not None
+        offsets = marked.view(layer.blocks, -1).any(0).nonzero().flatten()
+        order = scores.view(layer.blocks, -1).mean(0)[offsets].argsort(stable=True)
+        taken = torch.zeros_like(marked)
+        taken[layer.neurons(offsets[order[:most]].tolist())] = True
+        return taken
+
+    def _remove(self, layers: Sequence[Layer]) -> tuple[dict[str, list[int]], float | None]:
+        """Removes the candidates whose time has come; returns them, and the change of the outputs if they were zero."""
+        number = self._step // self.when.check_every
+        allowed = not self._removing or any(self._number < due <= number for due in self._removing)
+        gone: dict[str, list[int]] = {}
+        final = number >= self.when.last
+        if allowed and not self.finished:
+            for layer in layers:
+                history = self.histories[layer.name]
+                due = history.candidates if final else history.waiting >= self.patience
+                whole = [n for n in itertools.accumulate(layer.portions) if n <= int(due.sum()) // layer.blocks]
+                if whole:
+                    gone[layer.name] = self._lowest(layer, due, whole[-1]).nonzero().flatten().tolist()
+        if not gone:
+            self._install(layers)
+            return gone, None
+        before = self._zeroed_outputs(layers)
+        self._zeros.clear()
+        zeroed = self.zero and self.patience > 0  # nothing is left to fold then
+        prune_neurons(
+            self.model, self.example, gone, optimizer=self.optimizer,
+            importance=self.importance, fold=self.fold and not zeroed,
+        )  # fmt: skip
+        for layer in layers:
+            left = torch.ones(layer.size, dtype=torch.bool)
+            left[gone.get(layer.name, [])] = False
+            self.histories[layer.name].keep(left.nonzero().flatten())
+        if final:
+            self.finished = True
+            for history in self.histories.values():
+                history.waiting.fill_(-1)
+        after = self._zeroed_outputs(self._layers())
+        return gone, output_difference(before, after)[0] if zeroed else None
+
+    def _zeroed_outputs(self, layers: Sequence[Layer]) -> list[Tensor]:
+        """What the network makes of the example, in eval mode; the present candidates are zeroed from here on."""
+        self._install(layers)
+        with kept_modes(self.model), torch.no_grad():
+            self.model.eval()
+            return [out.clone() for out in tensors(call(self.model, self.example))]
+
+    def _install(self, layers: Sequence[Layer]) -> None:
+        """Zeroes the candidates, and notes which parameters make dead neurons."""
+        zeros: dict[nn.Module, Tensor] = {}
+        self._live = {}
+        for layer in layers:
+            history = self.histories.get(layer.name)
+            if history is None:
+                continue
+            for use in uses(layer.group) if self.zero and history.candidates.any() else ():
+                gone = zeros.setdefault(use.module, torch.zeros(input_channels(use.module), dtype=torch.bool))
+                gone[use.channels] |= history.candidates[use.neurons]
+            if history.dead.any():
+                self._live.update(_live_factors(layer, history.dead))
+        self._zeros.set(zeros)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a continued training needs besides model and optimizer: tensors and plain values."""
+        return {
+            "step": self._step,
+            "next": self._next,
+            "number": self._number,
+            "checks": self.checks,
+            "finished": self.finished,
+            "stopped": self.stopped,
+            "histories": {name: history.state_dict() for name, history in self.histories.items()},
+            "read": None if self._observer is None else self._observer.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from what `state_dict` returned; before the context is entered, on a model of the same widths."""
+        self._step, self._next, self._number = state["step"], state["next"], state["number"]
+        self.checks, self.finished, self.stopped = state["checks"], state["finished"], state["stopped"]
+        self.histories = {name: NeuronHistory.from_state_dict(past) for name, past in state["histories"].items()}
+        self._read = state["read"]
+
+
+def _live_factors(layer: Layer, dead: Tensor) -> dict[Tensor, Tensor]:
+    """Parameter -> 0 for each part of it that makes a dead neuron, 1 elsewhere; broadcasts to the parameter."""
+    graph = layer.group._DG
+    found: dict[Tensor, Tensor] = {}
+    for item in layer.group.items:
+        module = item.dep.target.module
+        if not isinstance(module, nn.Module) or not graph.is_out_channel_pruning_fn(item.dep.handler):
+            continue
+        out = torch.tensor(item.idxs)[dead[torch.tensor(item.root_idxs)]]
+        for parameter in module.parameters(recurse=False):
+            transposed = isinstance(module, nn.modules.conv._ConvNd) and module.transposed and parameter.dim() > 1
+            shape = [1] * parameter.dim()
+            shape[int(transposed)] = parameter.shape[int(transposed)]
+            factor = torch.ones(shape, dtype=parameter.dtype, device=parameter.device)
+            found[parameter] = factor.index_fill_(int(transposed), out.to(parameter.device), 0.0)
+    return found
+
+
+def _ranks() -> int:
+    distributed = torch.distributed
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
