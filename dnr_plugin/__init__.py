@@ -6,6 +6,7 @@ what needs them.
 
 from .batchnorm import recalibrate_batchnorm
 from .checkpoint import load_pruned, save_pruned
+from .dynamics import DyingNeuronDynamics, Timetable
 from .errors import InputError, TargetError
 from .importance import DyingNeuronImportance
 from .layers import Limits
@@ -16,11 +17,13 @@ from .planning import plan_removal
 from .removal import prune_neurons, remove_dead_neurons
 
 __all__ = [
+    "DyingNeuronDynamics",
     "DyingNeuronImportance",
     "InputError",
     "Limits",
     "Observer",
     "TargetError",
+    "Timetable",
     "flop_report",
     "follow_optimizer",
     "load_pruned",

@@ -83,9 +83,10 @@ def check_folder(folder: Path, recipe: Recipe, resume: bool) -> dict[str, Any] |
     saved = folder / "recipe.yaml"
     if not saved.is_file():
         raise InputError(f"--output: expected an empty folder or that of a run, found {folder} with other files in it")
-    differing = differing_fields(load_recipe(saved), recipe)
+    begun = load_recipe(saved)
+    differing = differing_fields(begun, recipe)
     if resume:
-        free = _not_begun(folder / "checkpoint.pt")
+        free = _not_begun(folder / "checkpoint.pt", begun.prune.mode, recipe.prune.mode)
         differing = [field for field in differing if not field.startswith(free)]
     if differing:
         shown = "; ".join(differing[:8]) + (f" and {len(differing) - 8} more" if len(differing) > 8 else "")
@@ -101,13 +102,14 @@ def check_folder(folder: Path, recipe: Recipe, resume: bool) -> dict[str, Any] |
     return finished
 
 
-def _not_begun(path: Path) -> tuple[str, ...]:
+def _not_begun(path: Path, *modes: str) -> tuple[str, ...]:
     """Sections of a recipe that an interrupted run has not come to, so that they may still be changed."""
     if not path.is_file():
         return ()
     state = load_checkpoint_state(path)
     if state["stage"] in ("train", "prune"):
-        return "prune.", "finetune."
+        after = set(modes) == {"after_training"}  # in the other modes, training itself removes or watches
+        return ("prune.", "finetune.") if after else ("finetune.",)
     return ("finetune.",) if state["epoch"] == 0 else ()
 
 

@@ -294,37 +294,33 @@ class DyingNeuronDynamics:
             history = self.histories.setdefault(layer.name, NeuronHistory(layer.size, self.importance.bins))
             changed[layer.name] = history.update(judge(evidence, layer.size).dead, histograms(evidence, layer.size))
         judged = [layer for layer in layers if layer.name in changed]
-        moved = self._move(judged)
+        waiting = {layer.name: int(self.histories[layer.name].candidates.sum()) for layer in judged}
+        nominated = self._move(judged)
         rows = []
         for layer in judged:
             history, (died, reactivated) = self.histories[layer.name], changed[layer.name]
-            nominated, restored = moved[layer.name]
             rows.append(
                 LayerCheck(
-                    layer.name,
-                    layer.size,
-                    int(history.dead.sum()),
-                    int(died.sum()),
-                    int(reactivated.sum()),
-                    0,
-                    nominated,
-                    restored,
-                    0,
-                    float(history.entropy.mean()),
-                    float(history.drift.mean()) if history.checks > 1 else None,
+                    layer=layer.name,
+                    neurons=layer.size,
+                    dead=int(history.dead.sum()),
+                    died=int(died.sum()),
+                    reactivated=int(reactivated.sum()),
+                    candidates=0,
+                    nominated=nominated.get(layer.name, 0),
+                    restored=0,
+                    removed=0,
+                    entropy=float(history.entropy.mean()),
+                    drift=float(history.drift.mean()) if history.checks > 1 else None,
                 )
             )
         removed, difference = self._remove(judged)
         self._number = self._step // self.when.check_every
         self._next = (self._number + 1) * self.when.check_every
-        rows = [
-            dataclasses.replace(
-                row,
-                candidates=int(self.histories[row.layer].candidates.sum()),
-                removed=len(removed.get(row.layer, ())),
-            )
-            for row in rows
-        ]
+        for k, row in enumerate(rows):
+            gone, left = len(removed.get(row.layer, ())), int(self.histories[row.layer].candidates.sum())
+            restored = waiting[row.layer] + row.nominated - gone - left
+            rows[k] = dataclasses.replace(row, candidates=left, restored=restored, removed=gone)
         return Check(self.checks, self._step, rows, removed, difference, time.perf_counter() - start)
 
     def _judge(self) -> None:
@@ -341,21 +337,20 @@ class DyingNeuronDynamics:
         layers, self.skipped, _ = prunable_layers(self.model, self.example, self.limits, self.dense.sizes)
         return layers
 
-    def _move(self, layers: Sequence[Layer]) -> dict[str, tuple[int, int]]:
-        """Nominates and restores candidates; (nominated, restored) of each layer."""
+    def _move(self, layers: Sequence[Layer]) -> dict[str, int]:
+        """Nominates and restores candidates; returns how many of each layer were nominated."""
         number = self._step // self.when.check_every
-        moved = {layer.name: (0, 0) for layer in layers}
+        nominated: dict[str, int] = {}
         if self.finished or number < self.when.first:
-            return moved
+            return nominated
         if self._collapsed(layers):
-            self.finished, self.stopped = True, "every neuron that the outputs depend on is dead"
-            for layer in layers:
-                moved[layer.name] = (0, int(self.histories[layer.name].candidates.sum()))
-                self.histories[layer.name].waiting.fill_(-1)
-            return moved
+            self.stopped = "every neuron that the outputs depend on is dead"
+            self._finish()
+            return nominated
         wanted = self._wanted(layers, number)
         if not wanted and number >= self.when.last - self.patience and self.kind != "dead":  # the target is met
-            self.finished = True
+            self._finish()
+            return nominated
         for layer in layers:
             history, called = self.histories[layer.name], torch.zeros(layer.size, dtype=torch.bool)
             called[list(wanted.get(layer.name, ()))] = True
@@ -366,8 +361,14 @@ class DyingNeuronDynamics:
             fresh = self._capped(layer, called & ~waiting, final=number >= self.when.last)
             history.waiting[fresh] = 0
             history.nominated_dead[fresh] = history.dead[fresh]
-            moved[layer.name] = (int(fresh.sum()), int(restored.sum()))
-        return moved
+            nominated[layer.name] = int(fresh.sum())
+        return nominated
+
+    def _finish(self) -> None:
+        """Ends removal: no neuron is a candidate any more."""
+        self.finished = True
+        for history in self.histories.values():
+            history.waiting.fill_(-1)
 
     def _collapsed(self, layers: Sequence[Layer]) -> bool:
         """Whether the outputs are constant because all that reaches them is dead."""
@@ -432,6 +433,8 @@ class DyingNeuronDynamics:
                 if whole:
                     gone[layer.name] = self._lowest(layer, due, whole[-1]).nonzero().flatten().tolist()
         if not gone:
+            if final:
+                self._finish()
             self._install(layers)
             return gone, None
         before = self._zeroed_outputs(layers)
@@ -446,9 +449,7 @@ class DyingNeuronDynamics:
             left[gone.get(layer.name, [])] = False
             self.histories[layer.name].keep(left.nonzero().flatten())
         if final:
-            self.finished = True
-            for history in self.histories.values():
-                history.waiting.fill_(-1)
+            self._finish()
         after = self._zeroed_outputs(self._layers())
         return gone, output_difference(before, after)[0] if zeroed else None
 
