@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from pydantic import BaseModel
 
@@ -41,6 +42,15 @@ def varied(words: list[str]) -> list[list[str]]:
     (option,) = values(words, "--vary")
     dotted, _, found = option.partition("=")
     return [[*values(words, "--set"), f"{dotted}={value}"] for value in found.split(",")]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Networks this narrow gain nothing from a second one, and lose much where other processes want it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module", autouse=True)
