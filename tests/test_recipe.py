@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 import os
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import yaml
 
 from dnr_plugin.errors import InputError
-from dnr_plugin.recipe import differing_fields, load_recipe, option_reference, shipped_recipes, write_recipe
+from dnr_plugin.recipe import differing_fields, load_recipe, option_reference, write_recipe
 from dnr_plugin.schema import Recipe
 
 GOOD = """\
@@ -462,26 +461,6 @@ def test_differing_fields(good: Path) -> None:
         "prune.target.params: null, 0.5",
         'model.kwargs.y: nothing, "z"',
     ]
-
-
-def test_shipped_recipes_load() -> None:
-    shipped = shipped_recipes()
-    assert next(iter(shipped)) == "quickstart" and "cifar10/resnet18-flops50" in shipped
-    recipes = {name: load_recipe(path) for name, path in shipped.items()}
-    assert len({recipe.name for recipe in recipes.values()}) == len(recipes), "each its own folder of runs"
-    assert all(recipe.description for recipe in recipes.values())
-    quick, cifar = recipes["quickstart"], recipes["cifar10/resnet18-flops50"]
-    assert (quick.data.name, quick.model.width, quick.train.schedule) == ("shapes", 16, "one_cycle")
-    assert (cifar.data.root, cifar.train.weight_decay, cifar.train.amp) == ("data", 5e-4, True)
-
-
-def test_small_run_in_the_comments_of_the_cifar10_recipe_is_valid() -> None:
-    path = shipped_recipes()["cifar10/resnet18-flops50"]
-    words = next(line for line in path.read_text().splitlines() if "--set" in line and "dnr run" in line).split()
-    overrides = [after for word, after in pairwise(words) if word == "--set"]
-    recipe = load_recipe(path, overrides)
-    assert len(overrides) == 7
-    assert (recipe.model.width, recipe.train.epochs, recipe.train.amp, recipe.finetune.amp) == (16, 8, False, False)
 
 
 def test_option_reference_names_every_option(good: Path) -> None:
