@@ -308,13 +308,17 @@ class PruneOptions(Section):
         }[self.mode]
         for name in unused:
             if getattr(self, name) != type(self).model_fields[name].default:
-                raise ValueError(f"{name}: expected nothing with mode {self.mode}, which does not use it")
+                raise ValueError(
+                    f"{name}: expected nothing with mode {self.mode}, which does not use it, found a value of its own"
+                )
         if self.mode == "watch" and self.dynamics != DynamicsOptions(check_every=self.dynamics.check_every):
-            raise ValueError("dynamics: expected check_every alone with mode watch, which removes nothing")
+            raise ValueError("dynamics: expected check_every alone with mode watch, which removes nothing, found more")
         if self.mode == "dynamic" and self.target is not None and self.target.kind == "latency":
-            raise ValueError("target: expected another than latency with mode dynamic: timings cannot be resumed")
+            raise ValueError("target: expected one that can be repeated with mode dynamic, found latency")
         if self.mode == "dynamic" and self.fold is False and self.dynamics.patience and self.dynamics.zero:
-            raise ValueError("fold: expected nothing where candidates are zeroed, which leaves no mean to fold")
+            raise ValueError(
+                "fold: expected nothing where candidates are zeroed, which leaves no mean to fold, found false"
+            )
         return self
 
 
