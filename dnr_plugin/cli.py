@@ -77,6 +77,12 @@ def _parser() -> argparse.ArgumentParser:
     def takes_device(sub: argparse.ArgumentParser) -> None:
         sub.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
 
+    def takes_saved(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--input", metavar="CxHxW", help="shape of one image; default: the builder's, else 3x224x224")
+        sub.add_argument(
+            "--allow-import", action="store_true", help="let a saved model call the module:function that built it"
+        )
+
     run = command("run", _run, "train, remove, fine-tune and report, as a recipe says")
     takes_recipe(run)
     run.add_argument("--output", metavar="DIR", help="folder of the run; default: runs/<recipe name>")
@@ -93,10 +99,16 @@ def _parser() -> argparse.ArgumentParser:
     report = command("report", _report, "show FLOPs and parameters per layer, dense against pruned")
     report.add_argument("folder", metavar="RUN_OR_MODEL", help="folder of a run, or one written by save_pruned")
     report.add_argument("--format", choices=("table", "markdown", "json"), default="table", help="default: table")
-    report.add_argument("--input", metavar="CxHxW", help="shape of one image; default: the builder's, else 3x224x224")
-    report.add_argument(
-        "--allow-import", action="store_true", help="let a saved model call the module:function that built it"
-    )
+    takes_saved(report)
+
+    export = command("export", _export, "write the pruned model as one file, checked against its outputs")
+    export.add_argument("folder", metavar="RUN", help="folder of a finished run, or one written by save_pruned")
+    export.add_argument(
+        "--format", choices=("onnx", "torch"), required=True,
+        help='onnx, which needs: pip install "dnr_plugin[export]"; torch: for torch.export.load',
+    )  # fmt: skip
+    export.add_argument("--output", metavar="FILE", required=True, help="a file that does not exist yet")
+    takes_saved(export)
 
     recipes = command("recipes", _recipes, "list the shipped recipes, print one, or explain every option")
     recipes.add_argument("name", nargs="?", metavar="NAME", help="a recipe to print, or: options")
@@ -240,6 +252,21 @@ def _report(arguments: argparse.Namespace) -> int:
         _show(text.rstrip("\n"))
     else:
         _show(*tables, *(f"- {note}" for note in notes))
+    return DONE
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from .export import BATCHES, export_model
+
+    difference = export_model(
+        arguments.folder, arguments.output, format=arguments.format, shape=arguments.input,
+        allow_import=arguments.allow_import,
+    )  # fmt: skip
+    batches = " and ".join(map(str, BATCHES))
+    _show(
+        f"Written to {arguments.output}; on random images in batches of {batches} its outputs differ from the "
+        f"model's by at most {difference:.1e} of the largest."
+    )
     return DONE
 
 
