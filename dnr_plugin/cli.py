@@ -89,6 +89,16 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--resume", action="store_true", help="go on with the run in the folder")
     takes_device(run)
 
+    sweep = command("sweep", _sweep, "run a recipe once for each combination of values, then compare")
+    takes_recipe(sweep)
+    sweep.add_argument(
+        "--vary", metavar="a.b=v1,v2,...", action="append", required=True,
+        help="an option and the values it takes; may be repeated for all combinations",
+    )  # fmt: skip
+    sweep.add_argument("--output", metavar="DIR", help="folder of the runs' folders; default: sweeps/<recipe name>")
+    sweep.add_argument("--resume", action="store_true", help="go on with the sweep in the folder; values may be added")
+    takes_device(sweep)
+
     check = command("check", _check, "validate a recipe, its data and its target, without training")
     takes_recipe(check)
 
@@ -187,6 +197,23 @@ def _run(arguments: argparse.Namespace) -> int:
             f"{target['kind']}: {target['requested']} was asked, {target['achieved']:.4f} was reached and is saved",
             target["achieved"],
         )
+    return DONE
+
+
+def _sweep(arguments: argparse.Namespace) -> int:
+    from .sweep import run_sweep
+
+    def say(text: str) -> None:
+        if sys.stderr.isatty():
+            print(text, file=sys.stderr)
+
+    outcome = run_sweep(
+        _recipe_file(arguments.recipe), arguments.overrides, arguments.vary,
+        Path(arguments.output) if arguments.output else None,
+        resume=arguments.resume, device=arguments.device, track=_track, say=say,
+    )  # fmt: skip
+    _show(f"Written to {outcome.folder}: {', '.join(outcome.reports) or 'no finished run'}")
+    outcome.raise_problems()
     return DONE
 
 
