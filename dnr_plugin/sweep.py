@@ -146,7 +146,7 @@ def run_sweep(
                 _begin(run.recipe, place, folder / run.dense)
             outcome.reports[run.folder] = run_recipe(run.recipe, place, resume=True, device=device, track=track)
         except (InputError, RunError) as error:
-            outcome.failed[run.folder] = str(error)
+            outcome.failed[run.folder] = "; ".join(str(error).splitlines())
     if outcome.reports:
         _compare([folder / name for name in outcome.reports], folder / "compare")
     return outcome
@@ -267,7 +267,8 @@ def _earlier(folder: Path, resume: bool) -> list[Planned]:
 def _placed(combinations: Sequence[Combination], earlier: Sequence[Planned], folder: Path) -> list[Planned]:
     """Gives every combination its folder: the one it had, or else a new one."""
     known = {_key(run.recipe): run for run in earlier}
-    lost = [run.folder for key, run in known.items() if key not in {_key(one.recipe) for one in combinations}]
+    wanted = {_key(one.recipe) for one in combinations}
+    lost = [run.folder for key, run in known.items() if key not in wanted]
     if lost:
         raise InputError(
             f"--output: expected the values of the sweep in {folder}, and perhaps more, found none that make "
@@ -317,7 +318,8 @@ def _name(values: Sequence[str]) -> str:
     parts = []
     for value, path in zip(values, options, strict=True):
         # as much of the option's name as tells it from the others
-        depth = next(d for d in range(1, len(path) + 1) if sum(other[-d:] == path[-d:] for other in options) == 1)
+        depths = (d for d in range(1, len(path)) if sum(other[-d:] == path[-d:] for other in options) == 1)
+        depth = next(depths, len(path))
         parts.append(f"{_plain('.'.join(path[-depth:]))}={_plain(value.partition('=')[2])}")
     return ",".join(parts)[:_MAX_NAME]
 

@@ -198,6 +198,7 @@ def test_values_of_every_kind_become_overrides(tiny: Path) -> None:
     [
         (["seed=0,1", "prune.target.flops=0.5,0.25"], ["seed=0,flops=0.5", "seed=0,flops=0.25", "seed=1,flops=0.5"]),
         (["train.lr=0.1", "finetune.lr=0.1,0.2"], ["train.lr=0.1,finetune.lr=0.1", "train.lr=0.1,finetune.lr=0.2"]),
+        (["seed=0", "model.kwargs.seed=1"], ["seed=0,kwargs.seed=1"]),
         (["prune.target={flops: 0.5},{params: 0.5}"], ["target=flops-0.5", "target=params-0.5"]),
         (["prune.ignored=['layer1.*'],['LAYER1.*'],[a/b]"],
          ["ignored=layer1.-", "ignored=LAYER1.--2", "ignored=a-b"]),
@@ -314,7 +315,7 @@ def test_targets_missed_and_failures_decide_the_exit_code(
         def fake(*_: Any, **__: Any) -> dict[str, Any]:
             found = next(results)
             if found is None:
-                raise RunError("no power")
+                raise RunError("no power\nno light")
             return {"target": {"reached": found, "achieved": 0.6}}
 
         monkeypatch.setattr(sweep, "run_recipe", fake)
@@ -326,9 +327,9 @@ def test_targets_missed_and_failures_decide_the_exit_code(
     assert command("missed", True, False, False) == (
         3, f"dnr: 2 of 3 runs missed their target, see seed=1, seed=2 in {tmp_path / 'missed'}\n"
     )  # fmt: skip
-    assert command("failed", None, True, True) == (1, "dnr: 1 of 3 runs failed: seed=0: no power\n")
+    assert command("failed", None, True, True) == (1, "dnr: 1 of 3 runs failed: seed=0: no power; no light\n")
     code, message = command("both", None, True, False)
-    assert code == 1 and message.startswith("dnr: 1 of 3 runs failed: seed=0: no power; 1 of 3 runs missed")
+    assert code == 1 and message.startswith("dnr: 1 of 3 runs failed: seed=0: no power; no light; 1 of 3 runs missed")
     assert command("none", None, None, None)[0] == 1
     runs = ["seed=0", "seed=1", "seed=2"]
     assert compared == [runs, runs, runs[1:], runs[1:]]
