@@ -67,17 +67,22 @@ def check_ranks() -> None:
         raise InputError(f"torchrun: expected one process, since several are not supported yet, found {ranks}")
 
 
+def check_writable(folder: Path) -> None:
+    """Refuses a folder that is none, or could not be made."""
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"--output: expected a folder, found the file {folder}")
+    parent = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise InputError(f"--output: expected a folder that can be written to, found {folder}, where {parent} cannot")
+
+
 def check_folder(folder: Path, recipe: Recipe, resume: bool) -> dict[str, Any] | None:
     """Refuses a folder that this run may not write to; returns the report of a finished run that is resumed.
 
     Raises:
         InputError: see the messages.
     """
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"--output: expected a folder, found the file {folder}")
-    parent = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise InputError(f"--output: expected a folder that can be written to, found {folder}, where {parent} cannot")
+    check_writable(folder)
     if not folder.is_dir() or not any(folder.iterdir()):
         return None
     saved = folder / "recipe.yaml"

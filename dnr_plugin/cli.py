@@ -77,11 +77,27 @@ def _parser() -> argparse.ArgumentParser:
     def takes_device(sub: argparse.ArgumentParser) -> None:
         sub.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
 
+    def takes_saved(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--input", metavar="CxHxW", help="shape of one image; default: the builder's, else 3x224x224")
+        sub.add_argument(
+            "--allow-import", action="store_true", help="let a saved model call the module:function that built it"
+        )
+
     run = command("run", _run, "train, remove, fine-tune and report, as a recipe says")
     takes_recipe(run)
     run.add_argument("--output", metavar="DIR", help="folder of the run; default: runs/<recipe name>")
     run.add_argument("--resume", action="store_true", help="go on with the run in the folder")
     takes_device(run)
+
+    sweep = command("sweep", _sweep, "run a recipe once for each combination of values, then compare")
+    takes_recipe(sweep)
+    sweep.add_argument(
+        "--vary", metavar="a.b=v1,v2,...", action="append", required=True,
+        help="an option and the values it takes; may be repeated for all combinations",
+    )  # fmt: skip
+    sweep.add_argument("--output", metavar="DIR", help="folder of the runs' folders; default: sweeps/<recipe name>")
+    sweep.add_argument("--resume", action="store_true", help="go on with the sweep in the folder; values may be added")
+    takes_device(sweep)
 
     check = command("check", _check, "validate a recipe, its data and its target, without training")
     takes_recipe(check)
@@ -93,10 +109,16 @@ def _parser() -> argparse.ArgumentParser:
     report = command("report", _report, "show FLOPs and parameters per layer, dense against pruned")
     report.add_argument("folder", metavar="RUN_OR_MODEL", help="folder of a run, or one written by save_pruned")
     report.add_argument("--format", choices=("table", "markdown", "json"), default="table", help="default: table")
-    report.add_argument("--input", metavar="CxHxW", help="shape of one image; default: the builder's, else 3x224x224")
-    report.add_argument(
-        "--allow-import", action="store_true", help="let a saved model call the module:function that built it"
-    )
+    takes_saved(report)
+
+    export = command("export", _export, "write the pruned model as one file, checked against its outputs")
+    export.add_argument("folder", metavar="RUN", help="folder of a finished run, or one written by save_pruned")
+    export.add_argument(
+        "--format", choices=("onnx", "torch"), required=True,
+        help='onnx, which needs: pip install "dnr_plugin[export]"; torch: for torch.export.load',
+    )  # fmt: skip
+    export.add_argument("--output", metavar="FILE", required=True, help="a file that does not exist yet")
+    takes_saved(export)
 
     recipes = command("recipes", _recipes, "list the shipped recipes, print one, or explain every option")
     recipes.add_argument("name", nargs="?", metavar="NAME", help="a recipe to print, or: options")
@@ -178,6 +200,23 @@ def _run(arguments: argparse.Namespace) -> int:
     return DONE
 
 
+def _sweep(arguments: argparse.Namespace) -> int:
+    from .sweep import run_sweep
+
+    def say(text: str) -> None:
+        if sys.stderr.isatty():
+            print(text, file=sys.stderr)
+
+    outcome = run_sweep(
+        _recipe_file(arguments.recipe), arguments.overrides, arguments.vary,
+        Path(arguments.output) if arguments.output else None,
+        resume=arguments.resume, device=arguments.device, track=_track, say=say,
+    )  # fmt: skip
+    _show(f"Written to {outcome.folder}: {', '.join(outcome.reports) or 'no finished run'}")
+    outcome.raise_problems()
+    return DONE
+
+
 def _check(arguments: argparse.Namespace) -> int:
     from .checks import check_recipe
     from .recipe import load_recipe, located
@@ -243,6 +282,21 @@ def _report(arguments: argparse.Namespace) -> int:
         _show(text.rstrip("\n"))
     else:
         _show(*tables, *(f"- {note}" for note in notes))
+    return DONE
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from .export import BATCHES, export_model
+
+    difference = export_model(
+        arguments.folder, arguments.output, format=arguments.format, shape=arguments.input,
+        allow_import=arguments.allow_import,
+    )  # fmt: skip
+    batches = " and ".join(map(str, BATCHES))
+    _show(
+        f"Written to {arguments.output}; on random images in batches of {batches} its outputs differ from the "
+        f"model's by at most {difference:.1e} of the largest."
+    )
     return DONE
 
 

@@ -89,6 +89,10 @@ def _show(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:76]} ..."
 
 
+def _label(flag: str, text: str) -> str:
+    return f"{flag} {text if text.isprintable() and len(text) <= 200 else _show(text)}"
+
+
 def _dotted(path: Loc) -> str:
     return ".".join(str(part) if str(part).isprintable() and len(str(part)) <= 80 else _show(part) for part in path)
 
@@ -171,9 +175,9 @@ class _Document:
             return number
         return text
 
-    def override(self, text: str) -> None:
-        """Applies one ``a.b=value``."""
-        label = "--set " + (text if text.isprintable() and len(text) <= 200 else _show(text))
+    def override(self, text: str, flag: str) -> None:
+        """Applies one ``a.b=value`` that came with ``flag``."""
+        label = _label(flag, text)
         name, equals, value = text.partition("=")
         path: Loc = tuple(name.strip().split("."))
         if not equals or not all(path):
@@ -303,7 +307,7 @@ def _read(file: str) -> str:
         raise InputError(f"{file}:{line}: expected UTF-8 text, found byte 0x{raw[exc.start]:02x}") from None
 
 
-def _read_document(path: str | os.PathLike[str], overrides: Sequence[str]) -> _Document:
+def _read_document(path: str | os.PathLike[str], overrides: Sequence[str], varied: Sequence[str]) -> _Document:
     file = os.fspath(path)
     try:
         node = _compose(_read(file))
@@ -316,17 +320,19 @@ def _read_document(path: str | os.PathLike[str], overrides: Sequence[str]) -> _D
     if not isinstance(data, dict):
         raise InputError(f"{document.where[()]}: expected a mapping of options, found {_show(data)}")
     document.data = data
-    for override in overrides:
-        document.override(override)
+    for flag, texts in (("--set", overrides), ("--vary", varied)):
+        for text in texts:
+            document.override(text, flag)
     return document
 
 
-def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = (), varied: Sequence[str] = ()) -> Recipe:
     """Reads a recipe, applies overrides and checks every option.
 
     Args:
         path: a YAML file.
         overrides: ``a.b=value`` each, the value in YAML; a later one wins.
+        varied: further overrides, which come last; problems name them ``--vary`` instead of ``--set``.
 
     Returns:
         The recipe, with the defaults filled in.
@@ -334,7 +340,7 @@ def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     Raises:
         InputError: one line for each problem of the file and the overrides.
     """
-    document = _read_document(path, overrides)
+    document = _read_document(path, overrides, varied)
     problems = document.problems
     try:
         recipe = Recipe.model_validate(document.data)
@@ -346,18 +352,45 @@ def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     return recipe
 
 
-def located(error: InputError, path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> InputError:
+def located(
+    error: InputError, path: str | os.PathLike[str], overrides: Sequence[str] = (), varied: Sequence[str] = ()
+) -> InputError:
     """The same error with the recipe's file and line before each problem that begins with an option's dotted name.
 
     For what shows only when data, model and target are looked at, after the recipe itself was found to be well-formed.
     """
-    document = _read_document(path, overrides)
+    document = _read_document(path, overrides, varied)
     problems = []
     for problem in error.problems:
         option = tuple(problem.partition(":")[0].split("."))
         known = option[0] in Recipe.model_fields
         problems.append(f"{document.place(option)}: {problem}" if known else problem)
     return InputError(*problems)
+
+
+def listed_values(text: str) -> list[str]:
+    """Takes ``a.b=v1,v2`` apart, the values being the items of a YAML list without its brackets.
+
+    Returns:
+        ``a.b=v1`` and ``a.b=v2``, each an override as `load_recipe` takes them.
+
+    Raises:
+        InputError: not of this form.
+    """
+    name, equals, values = text.partition("=")
+    if not equals or not all(part.strip() for part in name.split(".")):
+        raise InputError(f"{_label('--vary', text)}: expected option.name=value,value,..., found {_show(text)}")
+    flow = f"[{values}]"
+    try:
+        node = _compose(flow)
+    except _NotAccepted as exc:
+        raise InputError(f"{_label('--vary', text)}: {exc}") from None
+    # a text such as "1] # " would end the list by itself
+    if not isinstance(node, yaml.SequenceNode) or node.end_mark.index != len(flow):
+        raise InputError(f"{_label('--vary', text)}: expected values with commas between them, found {_show(values)}")
+    if not node.value:
+        raise InputError(f"{_label('--vary', text)}: expected at least one value, found none")
+    return [f"{name.strip()}={flow[item.start_mark.index : item.end_mark.index].strip()}" for item in node.value]
 
 
 def write_recipe(recipe: Recipe, path: str | os.PathLike[str]) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor, nn
 
 from .checkpoint import ARCHITECTURE, load_pruned
 from .errors import InputError
@@ -43,8 +44,8 @@ def layer_rows(dense: FlopReport, pruned: FlopReport) -> list[dict[str, Any]]:
     return rows
 
 
-def report_model(folder: Path, shape: str | None, allow_import: bool) -> tuple[dict[str, Any], list[str]]:
-    """FLOPs and parameters per layer of a saved model against the dense model it came from, with notes.
+def saved_model(folder: Path, shape: str | None, allow_import: bool) -> tuple[nn.Module, dict[str, Any], Tensor]:
+    """A saved model in eval mode, its builder, and a blank image of a size that it takes.
 
     Args:
         folder: written by `checkpoint.save_pruned`.
@@ -55,10 +56,9 @@ def report_model(folder: Path, shape: str | None, allow_import: bool) -> tuple[d
         InputError: the folder holds no model, or the model does not take such images.
     """
     from .checks import check_forward
-    from .models import rebuild
 
     model = load_pruned(folder, allow_import)
-    builder = json.loads((folder / ARCHITECTURE).read_text())["builder"]
+    builder = json.loads((folder / ARCHITECTURE).read_text(encoding="utf-8"))["builder"]
     kwargs = builder["kwargs"]
     given = shape or f"{kwargs.get('in_channels', 3)}x" + "x".join([str(kwargs.get("image_size", 224))] * 2)
     try:
@@ -69,8 +69,25 @@ def report_model(folder: Path, shape: str | None, allow_import: bool) -> tuple[d
         raise InputError(f"--input: expected CxHxW such as 3x224x224, found {given!r}")
     example = torch.zeros(1, *sizes)
     check_forward(model, example, 1)
+    return model, builder, example
+
+
+def report_model(folder: Path, shape: str | None, allow_import: bool) -> tuple[dict[str, Any], list[str]]:
+    """FLOPs and parameters per layer of a saved model against the dense model it came from, with notes.
+
+    Args:
+        folder: see `saved_model`, as the others.
+        shape: of one image.
+        allow_import: let the model's builder be imported.
+
+    Raises:
+        InputError: see `saved_model`.
+    """
+    from .models import rebuild
+
+    model, builder, example = saved_model(folder, shape, allow_import)
     dense, pruned = flop_report(rebuild(builder, allow_import), example), flop_report(model, example)
-    found = {
+    found: dict[str, Any] = {
         "builder": builder,
         "dense": {"params": dense.params, "flops": dense.flops},
         "pruned": {"params": pruned.params, "flops": pruned.flops},
@@ -81,7 +98,7 @@ def report_model(folder: Path, shape: str | None, allow_import: bool) -> tuple[d
     uncounted = ", ".join(pruned.unsupported_ops) or "nothing"
     notes = [
         f"Kept {100 * found['kept']['params']:.2f} % of the parameters and {100 * found['kept']['flops']:.2f} % of the "
-        f"FLOPs for an image of {given}.",
+        f"FLOPs for an image of {'x'.join(map(str, example.shape[1:]))}.",
         f"Not counted by fvcore: {uncounted}. {NOTE}",
     ]
     return found, notes

@@ -98,6 +98,26 @@ def run_recipe(
         raise RunError(str(error)) from error
 
 
+def train_dense(recipe: Recipe, folder: Path, *, device: str = "auto", track: Track = _quiet) -> None:
+    """Trains as `run_recipe` does, or goes on with it, and stops before the removal.
+
+    A folder that holds a copy of the ``checkpoint.pt`` this leaves, and a ``recipe.yaml`` that trains the same, is that
+    of a run interrupted right there.
+
+    Raises:
+        InputError: as `run_recipe`.
+        RunError: as `run_recipe`.
+    """
+    check_ranks()
+    check_folder(folder, recipe, resume=True)
+    run = prepared(recipe, folder, pick_device(device), track)
+    check_space(folder, run.model)
+    try:
+        run.train_dense(resume=True)
+    except InputError as error:
+        raise RunError(str(error)) from error
+
+
 def prepared(recipe: Recipe, folder: Path, device: torch.device, track: Track) -> _Run:
     """Loads the data, builds the model and checks that they fit each other and the recipe."""
     check_recipe(recipe)
@@ -135,7 +155,8 @@ class _Run:
         self.results: dict[str, Any] = {"seconds": {"train": 0.0, "prune": 0.0, "finetune": 0.0}}
         self.events = folder / "events.jsonl"
 
-    def go(self, resume: bool) -> dict[str, Any]:
+    def train_dense(self, resume: bool) -> Mapping[str, Any] | None:
+        """Everything up to the removal; returns the state of an interrupted stage that comes later."""
         self.folder.mkdir(parents=True, exist_ok=True)
         write_recipe(self.recipe, self.folder / "recipe.yaml")
         state = self.restore() if resume else None
@@ -150,6 +171,10 @@ class _Run:
                 self.results["accuracy_before_finetune"], self.stage = self.accuracy(), "finetune"
             self.epoch, state = 0, None
             self.save()
+        return state
+
+    def go(self, resume: bool) -> dict[str, Any]:
+        state = self.train_dense(resume)
         if self.stage == "prune":
             with self.timed("prune"):
                 self.prune()
