@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import checkpoint, report
+from . import activations, checkpoint, report
 from .batchnorm import recalibrate_batchnorm
 from .checks import (
     check_folder,
@@ -287,6 +287,7 @@ class _Run:
             "layers": report.layer_rows(dense, pruned),
             "skipped": [{"layer": layer, "reason": reason} for layer, reason in removal["skipped"]],
             "unsupported_ops": pruned.unsupported_ops,
+            "activation": activations.summary(self.model, self.example),
         }
         checkpoint.save_pruned(self.model, self.folder)
         events = [json.loads(line) for line in self.events.read_text().splitlines()]
