@@ -19,18 +19,13 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+from dnr_plugin.activations import Activation, apply_spec, replace_activations
 from dnr_plugin.errors import InputError, did_you_mean, first_line
 from dnr_plugin.schema import ModelOptions
 
-Activation = Literal["relu", "leaky_relu", "silu", "gelu"]
 Stem = Literal["cifar", "imagenet"]
 
-_ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
-    "relu": nn.ReLU,
-    "leaky_relu": lambda: nn.LeakyReLU(0.01),
-    "silu": nn.SiLU,
-    "gelu": nn.GELU,
-}
+_RELU = Activation("relu")
 
 
 class BasicBlock(nn.Module):
@@ -43,10 +38,10 @@ class BasicBlock(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(channels)
-        self.act1 = _ACTIVATIONS[activation]()
+        self.act1 = activation.module()
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(channels)
-        self.act2 = _ACTIVATIONS[activation]()
+        self.act2 = activation.module()
         self.downsample: nn.Module | None = None
         if stride != 1 or in_channels != channels:
             self.downsample = nn.Sequential(
@@ -80,13 +75,13 @@ class ResNet(nn.Module):
         in_channels: int = 3,
         width: int = 64,
         stem: Stem = "cifar",
-        activation: Activation = "relu",
+        activation: Activation = _RELU,
     ) -> None:
         super().__init__()
         kernel, stride, padding = (3, 1, 1) if stem == "cifar" else (7, 2, 3)
         self.conv1 = nn.Conv2d(in_channels, width, kernel, stride, padding, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
-        self.act1 = _ACTIVATIONS[activation]()
+        self.act1 = activation.module()
         self.maxpool = nn.Identity() if stem == "cifar" else nn.MaxPool2d(3, stride=2, padding=1)
         self.stages: list[str] = []
         channels = width
@@ -115,16 +110,14 @@ class VGG16(nn.Module):
     The convolutions keep their biases, which BatchNorm makes redundant, so that usual checkpoints fit.
     """
 
-    def __init__(
-        self, num_classes: int, in_channels: int = 3, width: int = 64, activation: Activation = "relu"
-    ) -> None:
+    def __init__(self, num_classes: int, in_channels: int = 3, width: int = 64, activation: Activation = _RELU) -> None:
         super().__init__()
         layers: list[nn.Module] = []
         channels = in_channels
         for multiple, count in ((1, 2), (2, 2), (4, 3), (8, 3), (8, 3)):
             out = width * multiple
             for _ in range(count):
-                layers += [nn.Conv2d(channels, out, 3, padding=1), nn.BatchNorm2d(out), _ACTIVATIONS[activation]()]
+                layers += [nn.Conv2d(channels, out, 3, padding=1), nn.BatchNorm2d(out), activation.module()]
                 channels = out
             layers.append(nn.MaxPool2d(2))
         self.features = nn.Sequential(*layers)
@@ -152,25 +145,25 @@ def _resnet18(
     image_size: int,
     width: int = 64,
     stem: Stem = "cifar",
-    activation: Activation = "relu",
+    activation: Activation = _RELU,
 ) -> nn.Module:
     return ResNet((2, 2, 2, 2), num_classes, in_channels, width, stem, activation)
 
 
 def _resnet20(
-    num_classes: int, in_channels: int, image_size: int, width: int = 16, activation: Activation = "relu"
+    num_classes: int, in_channels: int, image_size: int, width: int = 16, activation: Activation = _RELU
 ) -> nn.Module:
     return ResNet((3, 3, 3), num_classes, in_channels, width, "cifar", activation)
 
 
 def _resnet56(
-    num_classes: int, in_channels: int, image_size: int, width: int = 16, activation: Activation = "relu"
+    num_classes: int, in_channels: int, image_size: int, width: int = 16, activation: Activation = _RELU
 ) -> nn.Module:
     return ResNet((9, 9, 9), num_classes, in_channels, width, "cifar", activation)
 
 
 def _vgg16_bn(
-    num_classes: int, in_channels: int, image_size: int, width: int = 64, activation: Activation = "relu"
+    num_classes: int, in_channels: int, image_size: int, width: int = 64, activation: Activation = _RELU
 ) -> nn.Module:
     if image_size < 32:
         raise InputError(f"model.name: expected images of at least 32 pixels a side for vgg16_bn, found {image_size}")
@@ -182,12 +175,12 @@ def _mlp(
     in_channels: int,
     image_size: int,
     hidden: Sequence[int] = (300, 100),
-    activation: Activation = "relu",
+    activation: Activation = _RELU,
 ) -> nn.Module:
     units = [in_channels * image_size**2, *hidden]
     layers: list[nn.Module] = [nn.Flatten()]
     for before, after in pairwise(units):
-        layers += [nn.Linear(before, after), _ACTIVATIONS[activation]()]
+        layers += [nn.Linear(before, after), activation.module()]
     return nn.Sequential(*layers, nn.Linear(units[-1], num_classes))
 
 
@@ -199,7 +192,8 @@ _BUILTIN: dict[str, Callable[..., nn.Module]] = {
     "mlp": _mlp,
 }
 _SIZES = ("num_classes", "in_channels", "image_size")
-_OPTIONS = ("width", "stem", "activation", "hidden")
+_OPTIONS = ("width", "stem", "hidden")  # of some built-in networks
+_ACTIVATION = ("activation", "negative_slope")  # of every network
 # num_classes has an option of its own; the others would fetch weights or print about it.
 _RESERVED = ("num_classes", "weights", "pretrained", "progress")
 
@@ -237,7 +231,8 @@ def build_model(options: ModelOptions, num_classes: int, in_channels: int = 3, i
         The model, in training mode, on the CPU. Its ``dnr_builder`` holds what :func:`rebuild` needs.
 
     Raises:
-        InputError: unknown name, option that the model does not have, builder that fails, checkpoint that does not fit.
+        InputError: unknown name, option that the model does not have, builder that fails, activations that cannot be
+            replaced, checkpoint that does not fit.
     """
     check_model(options)
     if options.num_classes is not None:
@@ -260,9 +255,16 @@ def build_model(options: ModelOptions, num_classes: int, in_channels: int = 3, i
         model = _build_torchvision(name, kwargs)
     else:
         kwargs = {"num_classes": num_classes, "in_channels": in_channels, "image_size": image_size}
-        kwargs |= {key: value for key in _OPTIONS if (value := getattr(options, key)) is not None}
-        model = _BUILTIN[name](**kwargs)
+        given = {key: value for key in _OPTIONS if (value := getattr(options, key)) is not None}
+        model = _BUILTIN[name](**kwargs, **given, activation=_activation(options) or _RELU)
+        kwargs |= given | {key: value for key in _ACTIVATION if (value := getattr(options, key)) is not None}
     _remember(model, name, kwargs)
+    chosen = _activation(options)
+    if chosen is not None and name not in _BUILTIN:
+        from dnr_plugin.checks import example_image
+
+        example = example_image(in_channels, image_size)
+        replace_activations(model, chosen.name, chosen.negative_slope, example=example)
     if options.checkpoint is not None:
         load_checkpoint(model, options.checkpoint)
     return model
@@ -272,12 +274,21 @@ def rebuild(spec: Mapping[str, Any], allow_import: bool = False) -> nn.Module:
     """Build again, with fresh weights, the architecture that ``model.dnr_builder`` describes.
 
     Args:
-        spec: ``{"name": str, "kwargs": dict}``, plain JSON data; it may come from an untrusted file.
+        spec: ``{"name": str, "kwargs": dict}``, plain JSON data; it may come from an untrusted file. Where activations
+            were replaced, also ``"activation"``: see `activations.Replacement.spec`.
         allow_import: let a ``module:function`` spec import and call that function. Nothing else runs foreign code.
 
     Raises:
         InputError: malformed spec, unknown name or argument, or a spec that needs ``allow_import``.
     """
+    model = _rebuild(spec, allow_import)
+    if "activation" in spec:
+        apply_spec(model, spec["activation"])
+        _remember(model, spec["name"], spec["kwargs"], spec["activation"])
+    return model
+
+
+def _rebuild(spec: Mapping[str, Any], allow_import: bool) -> nn.Module:
     name, kwargs = spec.get("name"), spec.get("kwargs")
     if not isinstance(name, str) or not isinstance(kwargs, dict):
         raise InputError(f"architecture: expected a name and a mapping of kwargs, found {_short(dict(spec))}")
@@ -297,7 +308,7 @@ def rebuild(spec: Mapping[str, Any], allow_import: bool = False) -> nn.Module:
     try:
         fields = {"kwargs": rest} if name.startswith("torchvision.") else rest
         # What the options do not know at all (checkpoint: a spec holds no file names) is refused here, not passed on.
-        if unknown := sorted(set(fields) - {"kwargs", *_OPTIONS}):
+        if unknown := sorted(set(fields) - {"kwargs", *_OPTIONS, *_ACTIVATION}):
             raise InputError(f"architecture: {name} has no argument {', '.join(unknown)}")
         options = ModelOptions(name=name, **fields)
     except ValidationError as error:
@@ -419,6 +430,9 @@ def _option_problems(options: ModelOptions) -> list[str]:
         for key in _OPTIONS
         if (value := getattr(options, key)) is not None and key not in has
     ]
+    if options.negative_slope is not None and options.activation != "leaky_relu":
+        with_what = f"activation {options.activation}" if options.activation else "no activation leaky_relu"
+        problems.append(f"model.negative_slope: expected nothing with {with_what}, found {options.negative_slope:g}")
     if builtin:
         if options.kwargs:
             problems.append(f"model.kwargs: expected nothing for {name}, found {_short(options.kwargs)}")
@@ -448,6 +462,12 @@ def _option_problems(options: ModelOptions) -> list[str]:
         except InputError as error:
             problems += error.problems
     return problems
+
+
+def _activation(options: ModelOptions) -> Activation | None:
+    if options.activation is None:
+        return None
+    return Activation(options.activation, 0.01 if options.negative_slope is None else options.negative_slope)
 
 
 def _torchvision_names() -> list[str]:
@@ -553,9 +573,12 @@ def _build_user(name: str, kwargs: Mapping[str, Any]) -> nn.Module:
     return model
 
 
-def _remember(model: nn.Module, name: str, kwargs: Mapping[str, Any]) -> None:
+def _remember(
+    model: nn.Module, name: str, kwargs: Mapping[str, Any], activation: Mapping[str, Any] | None = None
+) -> None:
+    spec = {"name": name, "kwargs": dict(kwargs)} | ({} if activation is None else {"activation": dict(activation)})
     # A copy through JSON: the description must not change when the caller's mapping does.
-    setattr(model, "dnr_builder", json.loads(json.dumps({"name": name, "kwargs": dict(kwargs)})))  # noqa: B010
+    setattr(model, "dnr_builder", json.loads(json.dumps(spec)))  # noqa: B010
 
 
 def _short(value: Any) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -162,6 +163,11 @@ def facts(report: Mapping[str, Any]) -> list[str]:
     if report["unsupported_ops"]:
         named = ", ".join(f"{name} ({times}x)" for name, times in report["unsupported_ops"].items())
         lines.append(f"Not counted by fvcore: {named}.")
+    if left := report.get("activation", {}).get("left"):  # reports of earlier versions have none
+        name = report["activation"]["name"]
+        kinds = Counter(line.rpartition(" (")[2].removesuffix(")") for line in left)
+        counted = ", ".join(f"{times} {kind}" for kind, times in kinds.most_common())
+        lines.append(f"{f'Activations other than {name}' if name else 'Activations, left as they are'}: {counted}.")
     seconds = report["seconds"]
     lines.append(
         f"Seed {report['seed']}, {report['device']}; {seconds['train']:.0f} s training, "

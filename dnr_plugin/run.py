@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import checkpoint, report
+from . import activations, checkpoint, report
 from .batchnorm import recalibrate_batchnorm
 from .checks import (
     check_folder,
@@ -391,6 +391,7 @@ class _Run:
             "layers": report.layer_rows(dense, pruned),
             "skipped": [{"layer": layer, "reason": reason} for layer, reason in removal["skipped"]],
             "unsupported_ops": pruned.unsupported_ops,
+            "activation": activations.summary(self.model, self.example),
         }
         checkpoint.save_pruned(self.model, self.folder)
         report.write_report(self.folder, data, self.read_events())

@@ -31,8 +31,11 @@ class ModelOptions(Section):
         description="resnet18 only: 3x3 convolution for small images (default), or 7x7 stride 2 and max-pooling",
     )
     activation: Literal["relu", "leaky_relu", "silu", "gelu"] | None = Field(
-        default=None, description="activation of a built-in network; relu by default"
+        default=None,
+        description="replaces the activations between the layers of any network, modules and function calls, but not "
+        "gates (sigmoid, softmax, ...); by default relu in built-in networks, and the others as they are",
     )
+    negative_slope: float | None = Field(default=None, ge=0.0, description="leaky_relu only; 0.01 by default")
     hidden: list[Annotated[int, Field(ge=1)]] | None = Field(
         default=None, min_length=1, description="mlp only: units of each hidden layer"
     )

@@ -104,6 +104,15 @@ def test_activation_is_used_in_every_place(name: str, activation: str) -> None:
     assert len(called) == len(set(called)) == places[name]
 
 
+def test_the_slope_reaches_built_in_and_other_networks() -> None:
+    for name in ("resnet18", "vgg16_bn", "mlp", "torchvision.squeezenet1_1"):
+        width = {} if name in ("mlp", "torchvision.squeezenet1_1") else {"width": 2}
+        for given, slope in ((None, 0.01), (0.0, 0.0), (0.3, 0.3)):
+            model = build(name, activation="leaky_relu", negative_slope=given, **width)
+            assert {m.negative_slope for m in model.modules() if isinstance(m, nn.LeakyReLU)} == {slope}
+            assert not [m for m in model.modules() if isinstance(m, nn.ReLU)]
+
+
 def test_options_reach_the_network() -> None:
     assert build("vgg16_bn", width=4).classifier.in_features == 32
     assert build("resnet18", width=3).fc.in_features == 24
@@ -173,8 +182,12 @@ def test_model_names_are_all_accepted() -> None:
             "model.width: expected nothing for torchvision.resnet50, which has no such option, found 16",
         ),
         (
-            {"name": "torchvision.resnet50", "activation": "gelu"},
-            "model.activation: expected nothing for torchvision.resnet50, which has no such option, found gelu",
+            {"name": "torchvision.resnet50", "negative_slope": 0.2},
+            "model.negative_slope: expected nothing with no activation leaky_relu, found 0.2",
+        ),
+        (
+            {"name": "mlp", "activation": "relu", "negative_slope": 0.0},
+            "model.negative_slope: expected nothing with activation relu, found 0",
         ),
         (
             {"name": "resnet18", "hidden": [3]},
@@ -379,6 +392,8 @@ def test_checkpoint_that_holds_no_state_dict_is_refused(tmp_path: Path, content:
         {"name": "mlp", "hidden": [5]},
         {"name": "torchvision.mobilenet_v2", "kwargs": {"width_mult": 0.25}},
         {"name": "torchvision.googlenet"},
+        {"name": "torchvision.googlenet", "activation": "leaky_relu", "negative_slope": 0.2},
+        {"name": "resnet20", "width": 2, "activation": "leaky_relu", "negative_slope": 0.2},
     ],
 )
 def test_rebuild_gives_the_same_architecture(options: dict[str, Any]) -> None:

@@ -64,6 +64,7 @@ def test_a_run_leaves_what_the_contract_says(tiny: Path, tmp_path: Path) -> None
     roots = {"conv1", "layer1.0.conv1", "layer1.1.conv1"}
     assert roots & {event["layer"] for event in _events(folder) if event["event"] == "removed"}
     assert report["skipped"] == [{"layer": "fc", "reason": "its outputs are the model's outputs"}]
+    assert report["activation"] == {"name": "relu", "places": 17, "left": []}
     html = (folder / "report.html").read_text()
     assert html.count("data:image/png;base64,") == 2
     assert "http" not in html.split("base64")[0]
