@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any
@@ -43,7 +44,8 @@ def comparison_figures(comparison: Comparison) -> dict[str, Figure]:
 
 def label_of(run: Run, options: Sequence[str]) -> str:
     """What tells a run from the others, for a legend."""
-    return ", ".join(f"{name} {show(run.option(name))}" for name in options) or run.name
+    told = ", ".join(f"{name} {show(run.option(name))}" for name in options)
+    return textwrap.fill(told, 100, break_on_hyphens=False)
 
 
 def accuracy_figure(comparison: Comparison, measure: str) -> Figure:
@@ -57,7 +59,8 @@ def accuracy_figure(comparison: Comparison, measure: str) -> Figure:
     for group in comparison.groups:
         run = group.runs[0]
         label = label_of(run, fixed) if fixed else "this comparison"
-        series.setdefault((label, run.report["target"]["kind"] or "none removed"), []).append(group)
+        kind = run.report["target"]["kind"]
+        series.setdefault((label, f"target {kind}" if kind else "nothing removed"), []).append(group)
     kinds = {kind for _, kind in series}
     drawn: list[Any] = []  # in the legend's order
     for ((label, kind), groups), colour in zip(series.items(), _colours(len(series)), strict=True):
@@ -66,7 +69,7 @@ def accuracy_figure(comparison: Comparison, measure: str) -> Figure:
             [100 * (group.mean[measure] or 0.0) for group in groups],
             [100 * (group.mean["accuracy"] or 0.0) for group in groups],
             xerr=_bars(groups, measure), yerr=_bars(groups, "accuracy"), color=colour, marker="o", markersize=5,
-            capsize=3, label=f"{label} (target {kind})" if len(kinds) > 1 else label, zorder=3,
+            capsize=3, label=f"{label} ({kind})" if len(kinds) > 1 else label, zorder=3,
         )  # fmt: skip
         drawn.append(points)
     dense = [run.values["dense_accuracy"] for run in comparison.runs]

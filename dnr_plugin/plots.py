@@ -20,7 +20,7 @@ CAPTIONS = {
     "accuracy": "Accuracy on the test images after each epoch.",
     "neurons": "Above: how many neurons are dead, candidates (zeroed on trial), or removed so far. Below: how many "
     "changed sides at each check.",
-    "layers": "Each layer, from input (top) to output, at each check.",
+    "layers": "Each layer, from input (top) to output, as each check found it, before removing anything.",
     "entropy": "Above: entropy of the neurons' activation histograms, a mean over each layer and over the network. "
     "Below: how far the histograms moved since the check before (Kullback-Leibler divergence).",
 }
@@ -188,9 +188,9 @@ def layers_figure(report: Mapping[str, Any], events: Sequence[Event]) -> Figure:
         before = first.setdefault(event["layer"], event["neurons"])
         # a layer at the end of its neurons has none to be dead
         dead[place] = 100 * event["dead"] / max(1, event["neurons"])
-        kept[place] = 100 * (event["neurons"] - event["removed"]) / before
+        kept[place] = 100 * event["neurons"] / before
         back[place] = 100 * event["reactivated"] / before
-    # a check speaks for the time since the one before
+    # a check tells the state that the time since the one before has led to
     edges = [0.0, *(row["epoch"] for row in totals)]
     figure = Figure(figsize=(11, min(14.0, max(3.0, 0.2 * len(layers) + 1.5))), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)

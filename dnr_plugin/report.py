@@ -142,7 +142,6 @@ def summary_rows(report: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
 def facts(report: Mapping[str, Any]) -> list[str]:
     """What a reader should know beside the table, one sentence a line."""
     target, dead, exact = report["target"], report["dead"], report["exact_removal"]
-    after_training = report.get("mode", "after_training") == "after_training"
     if target["kind"] is None:
         lines = ["The run watched its neurons and removed none."]
     else:
@@ -151,16 +150,17 @@ def facts(report: Mapping[str, Any]) -> list[str]:
             f"Removed {_percent(report['sparsity']['neuron'])} of the neurons and "
             f"{_percent(report['sparsity']['weight'])} of the parameters.",
         ]
-    found = f"{dead['neurons']} of {dead['of']} neurons were dead"
-    if not after_training:
-        lines.append(f"{found} at the last check.")
+    when = "before the removal" if report.get("mode", "after_training") == "after_training" else "at the last check"
+    found = f"{dead['neurons']} of {dead['of']} neurons were dead {when}"
+    if target["kind"] is None:
+        lines.append(f"{found}.")
     elif exact["neurons"]:
         lines.append(
-            f"{found} before the removal; removing {exact['neurons']} that were exactly zero changed the outputs by "
-            f"at most {exact['max_abs_diff']:.1e}."
+            f"{found}; removing {exact['neurons']} that were exactly zero changed the outputs by at most "
+            f"{exact['max_abs_diff']:.1e}."
         )
     else:
-        lines.append(f"{found} before the removal; no removed neuron was exactly zero.")
+        lines.append(f"{found}; no removed neuron was exactly zero.")
     lines += _dynamics_facts(report.get("dynamics"))
     if report["skipped"]:
         named = "; ".join(f"{item['layer']} ({item['reason']})" for item in report["skipped"])

@@ -11,7 +11,9 @@ import pytest
 from made_up import LAYERS, check_events, epoch_events, report_of
 
 from dnr_plugin import page, plots
+from dnr_plugin.recipe import load_recipe
 from dnr_plugin.report import facts, markdown, summary_rows, write_report
+from dnr_plugin.run import run_recipe
 
 RECIPE = {"name": "made-up"}
 
@@ -85,7 +87,7 @@ def test_layers_are_in_the_order_of_the_model(removes: bool) -> None:
     assert [tick.get_text() for tick in left.get_yticklabels()] == list(LAYERS)
     for axes, share in (
         (left, lambda e, first: e["dead"] / e["neurons"]),
-        (right, lambda e, first: ((e["neurons"] - e["removed"]) if removes else e["reactivated"]) / first),
+        (right, lambda e, first: (e["neurons"] if removes else e["reactivated"]) / first),
     ):
         found = np.asarray(axes.collections[0].get_array()).reshape(len(LAYERS), -1)
         for event in checks:
@@ -172,6 +174,32 @@ def test_reports_without_a_dense_network_can_be_read(removes: bool) -> None:
     report["dynamics"] |= {"stopped": "no layer has a neuron to give", "wall_clock_ratio": None}
     assert "Removal stopped early: no layer has a neuron to give." in facts(report)
     assert not any(fact.startswith("Training took") for fact in facts(report))
+
+
+def test_exact_removal_is_told_whenever_it_happened() -> None:
+    report, _ = _run()
+    report["exact_removal"] = {"neurons": 5, "max_abs_diff": 1.5e-7}
+    told = "; removing 5 that were exactly zero changed the outputs by at most 1.5e-07."
+    assert f"7 of 900 neurons were dead at the last check{told}" in facts(report)
+    assert f"7 of 900 neurons were dead before the removal{told}" in facts(report | {"mode": "after_training"})
+
+
+@pytest.mark.parametrize("mode", ["watch", "dynamic"])
+def test_a_real_run_is_drawn(tiny: Path, tmp_path: Path, mode: str) -> None:
+    """The made-up events above have the format of real ones."""
+    observe = "observe: {samples: 96, min_samples: 64, share: 0.5}"
+    target = ", target: {flops: 0.7}, dynamics: {warmup_epochs: 0, patience: 0}" if mode == "dynamic" else ""
+    short = ["train.epochs=2", "finetune.epochs=0", "data.train_size=96"]
+    report = run_recipe(load_recipe(tiny, [*short, f"prune={{mode: {mode}, {observe}{target}}}"]), tmp_path / "run")
+    assert {path.stem for path in (tmp_path / "run" / "plots").iterdir()} == set(plots.CAPTIONS)
+    events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    real, made_up = (next(e for e in found if e["event"] == "check") for found in (events, check_events()))
+    assert set(made_up) <= set(real)
+    drawn = _lines(plots.neurons_figure(report, events).axes[0])
+    assert drawn["dead"][-1][1] == report["dead"]["neurons"]
+    assert ("removed so far" in drawn) == (mode == "dynamic")
+    if mode == "dynamic":
+        assert drawn["removed so far"][-1][1] == report["dynamics"]["removed"] > 0
 
 
 def test_old_reports_read_as_before() -> None:
