@@ -120,6 +120,10 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--output", metavar="FILE", required=True, help="a file that does not exist yet")
     takes_saved(export)
 
+    compare = command("compare", _compare, "show finished runs side by side, and what tells them apart")
+    compare.add_argument("folders", metavar="RUN", nargs="+", help="folder of a finished run")
+    compare.add_argument("--output", metavar="DIR", help="write tables and plots there; by default nothing is written")
+
     recipes = command("recipes", _recipes, "list the shipped recipes, print one, or explain every option")
     recipes.add_argument("name", nargs="?", metavar="NAME", help="a recipe to print, or: options")
 
@@ -148,7 +152,8 @@ def _show(*parts: Any) -> None:
             raise BrokenPipeError
 
     try:
-        console = Pipe()
+        # a file or pipe has no width, and the 80 columns that rich would take for it break wide tables
+        console = Pipe(width=None if sys.stdout.isatty() else 250)
         for part in parts:
             if isinstance(part, str):
                 print(part)
@@ -297,6 +302,21 @@ def _export(arguments: argparse.Namespace) -> int:
         f"Written to {arguments.output}; on random images in batches of {batches} its outputs differ from the "
         f"model's by at most {difference:.1e} of the largest."
     )
+    return DONE
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from .compare import check_output, compare_runs, comparison_table, notes, write_comparison
+
+    output = Path(arguments.output) if arguments.output else None
+    if output is not None:
+        check_output(output)
+    comparison = compare_runs(arguments.folders)
+    written = []
+    if output is not None:
+        write_comparison(output, comparison)
+        written.append(f"Written to {output}: compare.html, compare.json, compare.md")
+    _show(comparison_table(comparison), *(f"- {note}" for note in notes(comparison)), *written)
     return DONE
 
 

@@ -405,15 +405,15 @@ def write_recipe(recipe: Recipe, path: str | os.PathLike[str]) -> None:
         file.write(text)
 
 
-def _leaves(value: dict[str, Any], prefix: str = "") -> dict[str, str]:
+def leaves(value: dict[str, Any], prefix: str = "") -> dict[str, str]:
     """Dotted names and values in JSON, which tells 1 from true and from 1.0."""
-    leaves: dict[str, str] = {}
+    found: dict[str, str] = {}
     for key, item in value.items():
         if isinstance(item, dict):
-            leaves |= _leaves(item, f"{prefix}{key}.")
+            found |= leaves(item, f"{prefix}{key}.")
         else:
-            leaves[f"{prefix}{key}"] = json.dumps(item, ensure_ascii=False, default=repr)
-    return leaves
+            found[f"{prefix}{key}"] = json.dumps(item, ensure_ascii=False, default=repr)
+    return found
 
 
 def differing_fields(a: Recipe, b: Recipe) -> list[str]:
@@ -426,7 +426,7 @@ def differing_fields(a: Recipe, b: Recipe) -> list[str]:
     Returns:
         ``dotted.name: value in a, value in b`` for each; empty for equal recipes.
     """
-    left, right = _leaves(a.model_dump()), _leaves(b.model_dump())
+    left, right = leaves(a.model_dump()), leaves(b.model_dump())
     return [
         f"{name}: {left.get(name, 'nothing')}, {right.get(name, 'nothing')}"
         for name in left | right

@@ -1,9 +1,7 @@
-"""Turns the figures of a run, or of a saved model, into JSON, Markdown, HTML, terminal tables and plots."""
+"""Turns the figures of a run, or of a saved model, into JSON, Markdown, HTML and terminal tables."""
 
 from __future__ import annotations
 
-import base64
-import html
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -13,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from . import page, plots
 from .checkpoint import ARCHITECTURE, load_pruned
 from .errors import InputError
 from .files import atomic_write
@@ -119,14 +118,13 @@ def _count(value: float) -> str:
 def summary_rows(report: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
     """(measure, dense, pruned, pruned as a share of dense) for a run's report."""
     dense, pruned, latency = report["dense"], report["pruned"], report.get("latency")
-    rows = [
-        (
-            "accuracy",
-            _percent(dense["accuracy"]),
-            _percent(pruned["accuracy"]),
-            f"{100 * (pruned['accuracy'] - dense['accuracy']):+.2f} points",
-        ),
-        ("accuracy before fine-tuning", "", _percent(pruned["accuracy_before_finetune"]), ""),
+    # a run that removes while it trains has no dense network to compare with
+    known = dense["accuracy"] is not None
+    change = f"{100 * (pruned['accuracy'] - dense['accuracy']):+.2f} points" if known else "-"
+    rows = [("accuracy", _percent(dense["accuracy"]), _percent(pruned["accuracy"]), change)]
+    if pruned["accuracy_before_finetune"] is not None:
+        rows.append(("accuracy before fine-tuning", "", _percent(pruned["accuracy_before_finetune"]), ""))
+    rows += [
         ("parameters", _count(dense["params"]), _count(pruned["params"]), _percent(report["kept"]["params"])),
         ("FLOPs", _count(dense["flops"]), _count(pruned["flops"]), _percent(report["kept"]["flops"])),
     ]
@@ -145,18 +143,26 @@ def summary_rows(report: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
 def facts(report: Mapping[str, Any]) -> list[str]:
     """What a reader should know beside the table, one sentence a line."""
     target, dead, exact = report["target"], report["dead"], report["exact_removal"]
-    lines = [
-        f"Target {target['kind']}: {_value(target['requested'])} requested, {_value(target['achieved'])} achieved.",
-        f"Removed {_percent(report['sparsity']['neuron'])} of the neurons and {_percent(report['sparsity']['weight'])} "
-        "of the parameters.",
-        f"{dead['neurons']} of {dead['of']} neurons were dead before the removal"
-        + (
-            f"; removing {exact['neurons']} that were exactly zero changed the outputs by at most "
+    if target["kind"] is None:
+        lines = ["The run watched its neurons and removed none."]
+    else:
+        lines = [
+            f"Target {target['kind']}: {_value(target['requested'])} requested, {_value(target['achieved'])} achieved.",
+            f"Removed {_percent(report['sparsity']['neuron'])} of the neurons and "
+            f"{_percent(report['sparsity']['weight'])} of the parameters.",
+        ]
+    when = "before the removal" if report.get("mode", "after_training") == "after_training" else "at the last check"
+    found = f"{dead['neurons']} of {dead['of']} neurons were dead {when}"
+    if target["kind"] is None:
+        lines.append(f"{found}.")
+    elif exact["neurons"]:
+        lines.append(
+            f"{found}; removing {exact['neurons']} that were exactly zero changed the outputs by at most "
             f"{exact['max_abs_diff']:.1e}."
-            if exact["neurons"]
-            else "; no removed neuron was exactly zero."
-        ),
-    ]
+        )
+    else:
+        lines.append(f"{found}; no removed neuron was exactly zero.")
+    lines += _dynamics_facts(report.get("dynamics"))
     if report["skipped"]:
         named = "; ".join(f"{item['layer']} ({item['reason']})" for item in report["skipped"])
         lines.append(f"Left alone: {named}.")
@@ -173,6 +179,25 @@ def facts(report: Mapping[str, Any]) -> list[str]:
         f"Seed {report['seed']}, {report['device']}; {seconds['train']:.0f} s training, "
         f"{seconds['prune']:.0f} s pruning, {seconds['finetune']:.0f} s fine-tuning. {NOTE}"
     )
+    return lines
+
+
+def _dynamics_facts(dynamics: Mapping[str, Any] | None) -> list[str]:
+    """What happened to the neurons while the network trained; nothing for a run that did not look."""
+    if not dynamics:
+        return []
+    lines = [
+        f"In {dynamics['checks']} checks while training, neurons died {dynamics['died']} times, dead ones were "
+        f"reactivated {dynamics['reactivated']} times, candidates were restored {dynamics['restored']} times, and "
+        f"{dynamics['removed']} were removed."
+    ]
+    if dynamics["stopped"] is not None:
+        lines.append(f"Removal stopped early: {dynamics['stopped']}.")
+    if dynamics["wall_clock_ratio"] is not None:
+        lines.append(
+            f"Training took {dynamics['wall_clock_ratio']:.2f} times what the same steps take on the dense network, "
+            "estimated from the epochs before the first removal."
+        )
     return lines
 
 
@@ -240,91 +265,29 @@ def layer_table(rows: Sequence[Mapping[str, Any]], title: str = "") -> Renderabl
 
 def write_report(folder: Path, report: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -> None:
     """Writes ``report.json``, ``report.md``, ``plots/*.png`` and the self-contained ``report.html``."""
-    plots = write_plots(folder / "plots", report, events)
+    drawn = plots.save_figures(plots.run_figures(report, events), folder / "plots")
     with atomic_write(folder / "report.json") as file:
         json.dump(report, file, indent=1)
         file.write("\n")
     with atomic_write(folder / "report.md") as file:
         file.write(markdown(report))
     with atomic_write(folder / "report.html") as file:
-        file.write(_page(report, plots))
+        file.write(_page(report, drawn))
 
 
-def _page(report: Mapping[str, Any], plots: Sequence[Path]) -> str:
-    def row(cells: Sequence[str], tag: str = "td") -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
-
+def _page(report: Mapping[str, Any], drawn: Sequence[Path]) -> str:
     def pair(values: Mapping[str, Any], what: str) -> str:
         return f"{values[f'{what}_before']:,} → {values[f'{what}_after']:,}"
 
-    images = "".join(
-        f'<img alt="{plot.stem}" src="data:image/png;base64,{base64.b64encode(plot.read_bytes()).decode()}">'
-        for plot in plots
+    layers = [
+        [row["name"] or "(model)", row["type"], *(pair(row, what) for what in ("channels", "params", "flops"))]
+        for row in report["layers"]
+    ]
+    return page.page(
+        report["name"],
+        page.table(["", "dense", "pruned", "pruned / dense"], summary_rows(report)),
+        page.items(facts(report)),
+        page.images(drawn, plots.CAPTIONS),
+        "<h2>Layers</h2>",
+        page.table(["layer", "type", "channels", "parameters", "FLOPs"], layers),
     )
-    layers = "".join(
-        row([item["name"] or "(model)", item["type"], *(pair(item, what) for what in ("channels", "params", "flops"))])
-        for item in report["layers"]
-    )
-    return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(report["name"])}</title>'
-        "<style>body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}"
-        "table{border-collapse:collapse;margin:1rem 0}td,th{border-bottom:1px solid #ccc;padding:.2rem .7rem;"
-        "text-align:right}td:first-child,th:first-child{text-align:left}img{max-width:100%}</style>"
-        f"<h1>{html.escape(report['name'])}</h1>"
-        f"<table>{row(['', 'dense', 'pruned', 'pruned / dense'], 'th')}"
-        f"{''.join(row(cells) for cells in summary_rows(report))}</table>"
-        f"<ul>{''.join(f'<li>{html.escape(fact)}</li>' for fact in facts(report))}</ul>{images}"
-        f"<h2>Layers</h2><table>{row(['layer', 'type', 'channels', 'parameters', 'FLOPs'], 'th')}{layers}</table>"
-        "</html>\n"
-    )
-
-
-def write_plots(folder: Path, report: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -> list[Path]:
-    """Draws the channels kept per layer, and accuracy over the epochs of the run; returns the files."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    folder.mkdir(exist_ok=True)
-
-    def save(figure: Figure, name: str) -> Path:
-        FigureCanvasAgg(figure)
-        with atomic_write(folder / name, "wb") as file:
-            figure.savefig(file, format="png", dpi=120)
-        return folder / name
-
-    rows = [row for row in report["layers"] if row["type"].startswith(("Conv", "Linear"))]
-    figure = Figure(figsize=(8, max(2.5, 0.24 * len(rows) + 1)), layout="constrained")
-    axes = figure.subplots()
-    places = range(len(rows))
-    axes.barh(places, [row["channels_before"] for row in rows], color="#d0d4d9", label="dense")
-    axes.barh(places, [row["channels_after"] for row in rows], color="#1f77b4", height=0.5, label="pruned")
-    axes.set_yticks(places, [row["name"] for row in rows], fontsize=8 if len(rows) < 60 else 5)
-    axes.invert_yaxis()
-    axes.margins(y=0.01)
-    axes.set_xlabel("output channels")
-    axes.set_title(f"{report['name']}: channels kept per layer")
-    figure.legend(loc="outside lower center", ncols=2, frameon=False)
-    written = [save(figure, "channels.png")]
-
-    epochs = [event for event in events if event["event"] == "epoch"]
-    if epochs:
-        figure = Figure(figsize=(8, 4), layout="constrained")
-        axes = figure.subplots()
-        trained = [event for event in epochs if event["stage"] == "train"]
-        tuned = [event for event in epochs if event["stage"] == "finetune"]
-        removed = (len(trained), 100 * report["pruned"]["accuracy_before_finetune"])
-        if trained:
-            points = [(e["epoch"], 100 * e["accuracy"]) for e in trained]
-            axes.plot(*zip(*points, strict=True), marker="o", markersize=3, color="#555555", label="dense training")
-        points = [removed, *((len(trained) + e["epoch"], 100 * e["accuracy"]) for e in tuned)]
-        axes.plot(*zip(*points, strict=True), marker="o", markersize=3, color="#1f77b4", label="fine-tuning")
-        axes.plot(*removed, "v", color="#d62728", label="after removal")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.set_xlabel("epoch")
-        axes.set_ylabel("test accuracy, %")
-        axes.set_title(f"{report['name']}: accuracy over the run")
-        axes.grid(alpha=0.3)
-        axes.legend()
-        written.append(save(figure, "accuracy.png"))
-    return written

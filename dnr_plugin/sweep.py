@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import json
 import os
@@ -349,8 +348,6 @@ def _begin(recipe: Recipe, folder: Path, dense: Path) -> None:
 
 def _compare(folders: Sequence[Path], output: Path) -> None:
     """Writes one table and the plots over the finished runs."""
-    try:
-        compare = importlib.import_module("dnr_plugin.compare")
-    except ModuleNotFoundError:  # not part of this version yet
-        return
-    compare.write_comparison(output, compare.compare_runs(folders))
+    from .compare import compare_runs, write_comparison
+
+    write_comparison(output, compare_runs(folders))

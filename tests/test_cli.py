@@ -193,7 +193,7 @@ def test_help_names_every_command_and_exit_code(capsys: pytest.CaptureFixture[st
         main(["--help"])
     assert left.value.code == 0
     out = capsys.readouterr().out
-    commands = ("run", "sweep", "check", "plan", "report", "export", "recipes", "bench")
+    commands = ("run", "sweep", "check", "plan", "report", "export", "compare", "recipes", "bench")
     assert all(word in out for word in (*commands, "Exit codes: 0 done; 2"))
     with pytest.raises(SystemExit) as left:
         main(["run"])

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -70,12 +71,14 @@ def test_a_command_of_the_readme_runs(command: str, tmp_path: Path, request: pyt
         arguments += ["--output", str(tmp_path / "result")]
     if arguments[0] in ("run", "sweep", "plan"):
         arguments += short
-    if arguments[0] in ("report", "export"):
+    if arguments[0] in ("report", "export", "compare"):
         if "onnx" in arguments:
             pytest.importorskip("onnxscript")
         made = _dnr(["run", "recipes/quickstart.yaml", "--output", str(tmp_path / "run"), *short])
         assert made.returncode == 0, made.stderr
-        arguments[1] = str(tmp_path / "run")
+        runs = [place for place, word in enumerate(arguments) if word.startswith("runs/")]
+        for place in runs:
+            arguments[place] = str(shutil.copytree(tmp_path / "run", tmp_path / arguments[place]))
     if arguments[0] == "bench":
         arguments += ["--width", "8", "--batch", "4", "--rounds", "2"]
     done = _dnr(arguments)
