@@ -115,11 +115,11 @@ class DyingNeuronDynamics:
 
     Every ``when.check_every`` steps the neurons are judged on the training batches just seen. Neurons whose removal the
     target calls for, dead ones first, become *candidates*: from then on they are zero where they are used, but go on
-    learning (`zeroing.SoftZeros`). A candidate that was dead and fires again is restored, and so is one that others
-    have come to rank below. What is still a candidate after ``patience`` checks is removed physically: parameters,
-    gradients, optimizer state and statistics shrink, learning rate schedules go on, and the network trains on, smaller.
-    Since it was zero all along, its removal changes nothing (but behind LayerNorm, GroupNorm and softmax over
-    channels).
+    learning (`zeroing.SoftZeros`). A candidate that was dead and fires again is restored, and so is one that has come
+    to rank clearly above those that have to go. What is still a candidate after ``patience`` checks is removed
+    physically: parameters, gradients, optimizer state and statistics shrink, learning rate schedules go on, and the
+    network trains on, smaller. Since it was zero all along, its removal changes nothing (but behind LayerNorm,
+    GroupNorm and softmax over channels).
 
     The policy of *DNR-Pruning* (Wang & Jiang, TMLR 2025), whose code cannot run; soft zeros after SFP (He et al., IJCAI
     2018); with ``kind="dead"`` and ``patience=0`` that of DemP (Dufort-Labbé et al., arXiv 2403.07688).
@@ -146,6 +146,7 @@ class DyingNeuronDynamics:
         patience: checks that a candidate waits, >= 0; 0 removes it at once.
         zero: whether candidates are zeroed while they wait.
         ramp: how the target is approached from check to check; see the recipes' ``prune.dynamics.ramp``.
+        margin: a candidate that was alive is restored once it would stay if ``margin`` times as much were to go, >= 1.
         max_share: largest share in (0, 1] of a layer that becomes candidates at one check; at least one neuron.
         dying_entropy: a neuron whose activation histogram has at most this entropy in bits, and less than at the
             check before, is dying and goes as the dead ones do; None: only dead ones.
@@ -180,6 +181,7 @@ class DyingNeuronDynamics:
         patience: int = 2,
         zero: bool = True,
         ramp: Ramp = "cubic",
+        margin: float = 2.0,
         max_share: float = 0.25,
         dying_entropy: float | None = None,
         min_samples: int = 1536,
@@ -201,7 +203,14 @@ class DyingNeuronDynamics:
                 f"before the last removal (check {when.last}), and removals before until, found {when}"
             )
         self.model, self.example, self.optimizer = model, one_sample(example_inputs), optimizer
-        self.kind, self.value, self.patience, self.zero, self.ramp = kind, value, patience, zero, ramp
+        self.kind, self.value, self.patience, self.zero, self.ramp, self.margin = (
+            kind,
+            value,
+            patience,
+            zero,
+            ramp,
+            margin,
+        )
         self.when, self._removing = when, {-(-step // every) for step in when.remove_at}
         self.max_share, self.dying_entropy, self.min_samples = max_share, dying_entropy, min_samples
         self.importance = importance or DyingNeuronImportance()
@@ -347,7 +356,9 @@ class DyingNeuronDynamics:
             self.stopped = "every neuron that the outputs depend on is dead"
             self._finish()
             return nominated
-        wanted = self._wanted(layers, number)
+        self._restore(layers, number)
+        candidates = {layer.name: self.histories[layer.name].candidates for layer in layers}
+        wanted = self._planned(self._removed_share(number), {**self._dying(layers), **candidates})
         if not wanted and number >= self.when.last - self.patience and self.kind != "dead":  # the target is met
             self._finish()
             return nominated
@@ -355,14 +366,25 @@ class DyingNeuronDynamics:
             history, called = self.histories[layer.name], torch.zeros(layer.size, dtype=torch.bool)
             called[list(wanted.get(layer.name, ()))] = True
             waiting = history.candidates
-            restored = waiting & (~called | layer.touched(history.nominated_dead & ~history.dead))
-            history.waiting[restored] = -1
-            history.waiting[waiting & ~restored] += 1
+            history.waiting[waiting & ~called] = -1  # more waited than the target needs
+            history.waiting[waiting & called] += 1
             fresh = self._capped(layer, called & ~waiting, final=number >= self.when.last)
             history.waiting[fresh] = 0
             history.nominated_dead[fresh] = history.dead[fresh]
             nominated[layer.name] = int(fresh.sum())
         return nominated
+
+    def _restore(self, layers: Sequence[Layer], number: int) -> None:
+        """Gives back candidates that fire again, or that clearly outrank what the target calls for."""
+        if not any(bool(self.histories[layer.name].candidates.any()) for layer in layers):
+            return
+        # without a margin, neurons about the threshold would come and go at every check
+        far = self._planned(min(1.0, self.margin * self._removed_share(number)), self._dying(layers))
+        for layer in layers:
+            history, low = self.histories[layer.name], torch.zeros(layer.size, dtype=torch.bool)
+            low[list(far.get(layer.name, ()))] = True
+            back = ~low | layer.touched(history.nominated_dead & ~history.dead)
+            history.waiting[history.candidates & back] = -1
 
     def _finish(self) -> None:
         """Ends removal: no neuron is a candidate any more."""
@@ -378,31 +400,31 @@ class DyingNeuronDynamics:
             if any(use.module in self._outputs for use in uses(layer.group))
         )
 
-    def _wanted(self, layers: Sequence[Layer], number: int) -> Mapping[str, Sequence[int]]:
-        """The neurons whose removal the target calls for at this check."""
+    def _dying(self, layers: Sequence[Layer]) -> dict[str, Tensor]:
+        """Neurons that go as the dead ones do."""
+        if self.dying_entropy is None:
+            return {}
+        histories = {layer.name: self.histories[layer.name] for layer in layers}
+        return {name: past.falling & (past.entropy <= self.dying_entropy) for name, past in histories.items()}
+
+    def _planned(self, removed: float, first: Mapping[str, Tensor]) -> Mapping[str, Sequence[int]]:
+        """The neurons to take so that a share of what the target measures is gone, some of them before all others."""
         assert self.kind is not None
-        value = self.value if self.kind == "dead" else self._value(number)
-        dying = {}
-        for layer in layers:
-            history = self.histories[layer.name]
-            if self.dying_entropy is not None:
-                dying[layer.name] = history.falling & (history.entropy <= self.dying_entropy)
-            elif number >= self.when.last and self.kind != "dead":  # what the network already does without goes first
-                dying[layer.name] = history.candidates
+        value = 1.0 - removed if self.kind in KEPT_TARGETS else removed
         try:
             plan = plan_removal(
                 self.model, self.example, self.importance, self.kind, value,
-                scope=self.scope, limits=self.limits, dense=self.dense, dying=dying,
+                scope=self.scope, limits=self.limits, dense=self.dense, dying=first,
             )  # fmt: skip
         except TargetError as error:
             plan = error.plan
         return plan.removals
 
-    def _value(self, number: int) -> float:
-        """The target's value at a check: it starts at nothing and reaches its own at the last nominating check."""
+    def _removed_share(self, number: int) -> float:
+        """The share of what the target measures that is to be gone by a check; all of it at the last nomination."""
+        whole = 1.0 - self.value if self.kind in KEPT_TARGETS else self.value
         t = min(1.0, (number - self.when.first + 1) / (self.when.last - self.patience - self.when.first + 1))
-        share = {"linear": t, "cubic": 1.0 - (1.0 - t) ** 3, "at_once": 1.0}[self.ramp]
-        return 1.0 - (1.0 - self.value) * share if self.kind in KEPT_TARGETS else self.value * share
+        return whole * {"linear": t, "cubic": 1.0 - (1.0 - t) ** 3, "at_once": 1.0}[self.ramp]
 
     def _capped(self, layer: Layer, fresh: Tensor, final: bool) -> Tensor:
         """Of neurons about to become candidates as many as the cap allows, the lowest in score."""

@@ -227,6 +227,12 @@ class DynamicsOptions(Section):
         description="how the target is approached from warm-up on: linear in equal parts; cubic, much at first "
         "(1 - (1 - t)^3); at_once, all at the first check; of no effect on target dead",
     )
+    margin: float = Field(
+        default=2.0,
+        ge=1.0,
+        description="a candidate that was alive is restored once it would stay even if this many times as much were to "
+        "go; 1: as soon as another ranks below it",
+    )
     until: float = Field(
         default=0.6,
         gt=0.0,
