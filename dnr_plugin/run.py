@@ -231,8 +231,8 @@ class _Run:
             self.model, self.example, when=timetable(self.recipe, len(self.train_images)), optimizer=optimizer,
             kind=target.kind if target else None, value=target.value if target else 1.0,
             patience=options.patience, zero=options.zero, ramp=options.ramp, margin=options.margin,
-            max_share=options.max_share, dying_entropy=options.dying_entropy, min_samples=prune.observe.min_samples, importance=self.importance(),
-            scope=prune.scope, limits=self.limits, dense=self.dense, fold=prune.fold,
+            max_share=options.max_share, dying_entropy=options.dying_entropy, min_samples=prune.observe.min_samples,
+            importance=self.importance(), scope=prune.scope, limits=self.limits, dense=self.dense, fold=prune.fold,
         )  # fmt: skip
 
     def note(self, check: Check, epoch: float) -> None:
