@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import math
 import os
-import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
@@ -33,7 +31,7 @@ from .checks import (
 )
 from .data import Data, derive_seed, load_data
 from .dynamics import Check, DyingNeuronDynamics
-from .environment import device_name, pick_device, placed, versions
+from .environment import pick_device, placed
 from .errors import InputError, RunError, TargetError
 from .files import atomic_write
 from .graph import kept_modes
@@ -42,6 +40,7 @@ from .inputs import call, tensors
 from .layers import Limits
 from .measure import flop_report, latencies
 from .models import build_model
+from .outcome import outcome
 from .planning import KEPT_TARGETS, Baseline, Plan, baseline, measure, plan_removal, reached
 from .recipe import write_recipe
 from .removal import output_difference, prune_neurons
@@ -165,10 +164,12 @@ class _Run:
         self.architecture = json.dumps(checkpoint.describe(self.model))
         if self.stage == "train":
             self.train("train", state)
-            if self.recipe.prune.mode == "after_training":
-                self.results["dense_accuracy"], self.stage = self.accuracy(), "prune"
-            else:
-                self.results["accuracy_before_finetune"], self.stage = self.accuracy(), "finetune"
+            mode, accuracy = self.recipe.prune.mode, self.accuracy()
+            self.stage = "prune" if mode == "after_training" else "finetune"
+            if mode != "dynamic":
+                self.results["dense_accuracy"] = accuracy
+            if mode != "after_training":
+                self.results["accuracy_before_finetune"] = accuracy
             self.epoch, state = 0, None
             self.save()
         return state
@@ -352,66 +353,18 @@ class _Run:
 
     def finish(self) -> dict[str, Any]:
         """Measures the result and writes everything that stays."""
-        recipe, removal = self.recipe, self.results["removal"]
         left = baseline(self.model, self.example)
-        dense, pruned = self.dense.report, left.report
-        latency = self.latency()
-        seconds = {**self.results["seconds"]}
-        seconds["total"] = sum(seconds.values())
-        kept = {"params": pruned.params / dense.params, "flops": pruned.flops / dense.flops}
-        target = recipe.prune.target
-        data = {
-            "name": recipe.name,
-            "seed": recipe.seed,
-            "recipe": recipe.model_dump(mode="json"),
-            "device": device_name(self.device),
-            "versions": versions(),
-            "seconds": seconds,
-            "mode": recipe.prune.mode,
-            "dense": {"params": dense.params, "flops": dense.flops, "accuracy": self.results.get("dense_accuracy")},
-            "pruned": {
-                "params": pruned.params,
-                "flops": pruned.flops,
-                "accuracy": self.accuracy(),
-                "accuracy_before_finetune": self.results["accuracy_before_finetune"],
-            },
-            "sparsity": {"neuron": 1 - left.neurons / self.dense.neurons, "weight": 1 - kept["params"]},
-            "kept": kept,
-            "latency": latency,
-            "target": {
-                "kind": target.kind if target else None,
-                "requested": (True if target.kind == "dead" else target.value) if target else None,
-                "achieved": removal["achieved"],
-                "reached": removal["reached"],
-            },
-            "dead": {"neurons": removal["dead"], "of": removal["neurons"]},
-            "reactivated": self.results.get("dynamics", {}).get("reactivated", 0),
-            "dynamics": self.dynamics_report(),
-            "exact_removal": {"neurons": removal["exact_neurons"], "max_abs_diff": removal["max_abs_diff"]},
-            "layers": report.layer_rows(dense, pruned),
-            "skipped": [{"layer": layer, "reason": reason} for layer, reason in removal["skipped"]],
-            "unsupported_ops": pruned.unsupported_ops,
+        measured = {
+            "accuracy": self.accuracy(),
+            "latency": self.latency(),
             "activation": activations.summary(self.model, self.example),
         }
+        events = self.read_events()
+        data = outcome(self.recipe, self.device, self.dense, left, self.results, events, measured)
         checkpoint.save_pruned(self.model, self.folder)
-        report.write_report(self.folder, data, self.read_events())
+        report.write_report(self.folder, data, events)
         (self.folder / "checkpoint.pt").unlink(missing_ok=True)
         return data
-
-    def dynamics_report(self) -> dict[str, Any] | None:
-        """Sums over all checks, and how long training took against training the dense network all along."""
-        sums = self.results.get("dynamics")
-        if sums is None:
-            return None
-        epochs = [event for event in self.read_events() if event["event"] == "epoch" and event["stage"] == "train"]
-        checks = [event for event in self.read_events() if event["event"] == "check"]
-        shrunk = min((event["epoch"] for event in checks if event["removed"]), default=math.inf)
-        dense = [e["training_seconds"] - e["check_seconds"] for e in epochs if e["epoch"] <= shrunk]
-        ratio = None
-        if dense and shrunk < math.inf:
-            ratio = sum(e["training_seconds"] for e in epochs) / (len(epochs) * statistics.median(dense))
-        told = {what: sums[what] for what in ("checks", "died", "reactivated", "restored", "removed")}
-        return {**told, "stopped": sums.get("stopped"), "wall_clock_ratio": ratio}
 
     def timed_images(self) -> Tensor:
         return self.example.expand(_TIMED, -1, -1, -1).contiguous()
