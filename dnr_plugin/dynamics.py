@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from .inputs import call, one_sample, tensors
 from .layers import Layer, Limits, prunable_layers
 from .neurons import histograms, judge
 from .observe import Observer, input_channels
-from .planning import KEPT_TARGETS, TARGETS, Baseline, baseline, plan_removal
+from .planning import KEPT_TARGETS, SCOPES, TARGETS, Baseline, baseline, plan_removal
 from .removal import output_difference, prune_neurons
 from .zeroing import SoftZeros
 
@@ -193,8 +193,20 @@ class DyingNeuronDynamics:
         if kind is not None and kind not in targets:
             raise ValueError(f"kind: expected None or one of {', '.join(targets)}, found {kind!r}")
         every = when.check_every
-        if every < 1 or not 1 <= (when.watched or every) <= every:
+        if every < 1 or not (when.watched is None or 1 <= when.watched <= every):
             raise ValueError(f"when: expected 1 <= watched <= check_every, found {when}")
+        shares = kind not in (None, "dead")
+        for name, fits, expected, found in (
+            ("value", not shares or 0.0 < value < 1.0, "a number above 0 and below 1", value),
+            ("patience", patience >= 0, "at least 0", patience),
+            ("ramp", ramp in get_args(Ramp), f"one of {', '.join(get_args(Ramp))}", ramp),
+            ("max_share", 0.0 < max_share <= 1.0, "a number in (0, 1]", max_share),
+            ("dying_entropy", dying_entropy is None or dying_entropy > 0.0, "None or a number above 0", dying_entropy),
+            ("min_samples", min_samples >= 1, "at least 1", min_samples),
+            ("scope", scope in SCOPES, f"one of {', '.join(SCOPES)}", scope),
+        ):
+            if not fits:
+                raise ValueError(f"{name}: expected {expected}, found {found!r}")
         if kind is not None and (when.last - when.first < patience or max(when.remove_at, default=0) > when.until):
             raise ValueError(
                 f"when: expected the first candidates (check {when.first}) to have {patience} checks of patience "
@@ -207,6 +219,7 @@ class DyingNeuronDynamics:
         self.importance = importance or DyingNeuronImportance()
         self.scope, self.limits, self.fold = scope, limits, fold
         self.dense = dense or baseline(model, example_inputs)
+        self._layers()  # what the limits name must exist
         self._outputs = output_layers(model, self.example)
         self._zeros = SoftZeros()
         self._observer: Observer | None = None
@@ -222,11 +235,15 @@ class DyingNeuronDynamics:
 
     def __enter__(self) -> DyingNeuronDynamics:
         self._inside = True
-        if self.histories:
-            self._install(self._layers())
-        self._watch()
-        if self._observer is not None and self._read is not None:
-            self._observer.load_state_dict(self._read)
+        try:
+            if self.histories:
+                self._install(self._layers())
+            self._watch()
+            if self._observer is not None and self._read is not None:
+                self._observer.load_state_dict(self._read)
+        except BaseException:  # no hooks stay behind
+            self.__exit__(None, None, None)
+            raise
         self._read = None
         return self
 
@@ -274,7 +291,8 @@ class DyingNeuronDynamics:
 
     def _watch(self) -> None:
         """Opens the observer for the last steps before a check."""
-        if self._observer is None and self._next - self._step <= (self.when.watched or self.when.check_every):
+        watched = self.when.check_every if self.when.watched is None else self.when.watched
+        if self._observer is None and self._next - self._step <= watched:
             self._observer = self.importance.observer_of(self.model, training=True)
             self._observer.__enter__()
 
@@ -284,7 +302,7 @@ class DyingNeuronDynamics:
         self.checks += 1
         # from here on the network is traced and copied, which is not for hooks to see
         self._zeros.clear()
-        layers = self._layers()
+        layers, self.skipped, _ = prunable_layers(self.model, self.example, self.limits, self.dense.sizes)
         changed: dict[str, tuple[Tensor, Tensor]] = {}
         for layer in layers:
             evidence = self.importance.evidence(layer.group)
@@ -314,13 +332,16 @@ class DyingNeuronDynamics:
                     float(history.drift.mean()) if history.checks > 1 else None,
                 )
             )
+        waiting = {layer.name: int(self.histories[layer.name].candidates.sum()) for layer in judged}
         removed, difference = self._remove(judged)
         self._number = self._step // self.when.check_every
         self._next = (self._number + 1) * self.when.check_every
         rows = [
             dataclasses.replace(
                 row,
-                candidates=int(self.histories[row.layer].candidates.sum()),
+                candidates=(left := int(self.histories[row.layer].candidates.sum())),
+                # those that wait when removal ends stay, too
+                restored=row.restored + waiting[row.layer] - left - len(removed.get(row.layer, ())),
                 removed=len(removed.get(row.layer, ())),
             )
             for row in rows
@@ -331,15 +352,13 @@ class DyingNeuronDynamics:
         """Hands what was read over to the criterion, the sum of all ranks."""
         assert self._observer is not None
         observer, self._observer = self._observer, None
+        if _ranks() > 1:  # before anything can fail on one rank and leave the others waiting
+            observer.all_reduce()
         observer.__exit__(None, None, None)
-        if _ranks() > 1:
-            for activity in observer.activities.values():
-                activity.all_reduce()
         self.importance.judge_by(observer)
 
     def _layers(self) -> list[Layer]:
-        layers, self.skipped, _ = prunable_layers(self.model, self.example, self.limits, self.dense.sizes)
-        return layers
+        return prunable_layers(self.model, self.example, self.limits, self.dense.sizes)[0]
 
     def _move(self, layers: Sequence[Layer]) -> dict[str, tuple[int, int]]:
         """Nominates and restores candidates; (nominated, restored) of each layer."""
@@ -432,6 +451,7 @@ class DyingNeuronDynamics:
                 if whole:
                     gone[layer.name] = self._lowest(layer, due, whole[-1]).nonzero().flatten().tolist()
         if not gone:
+            self._end(final)
             self._install(layers)
             return gone, None
         before = self._zeroed_outputs(layers)
@@ -445,12 +465,16 @@ class DyingNeuronDynamics:
             left = torch.ones(layer.size, dtype=torch.bool)
             left[gone.get(layer.name, [])] = False
             self.histories[layer.name].keep(left.nonzero().flatten())
-        if final:
+        self._end(final)
+        after = self._zeroed_outputs(self._layers())
+        return gone, output_difference(before, after)[0] if zeroed else None
+
+    def _end(self, final: bool) -> None:
+        """Ends removal with the last check that removes; who still waits then stays."""
+        if final and not self.finished:
             self.finished = True
             for history in self.histories.values():
                 history.waiting.fill_(-1)
-        after = self._zeroed_outputs(self._layers())
-        return gone, output_difference(before, after)[0] if zeroed else None
 
     def _zeroed_outputs(self, layers: Sequence[Layer]) -> list[Tensor]:
         """What the network makes of the example, in eval mode; the present candidates are zeroed from here on."""
@@ -471,7 +495,9 @@ class DyingNeuronDynamics:
                 gone = zeros.setdefault(use.module, torch.zeros(input_channels(use.module), dtype=torch.bool))
                 gone[use.channels] |= history.candidates[use.neurons]
             if history.dead.any():
-                self._live.update(_live_factors(layer, history.dead))
+                for parameter, factor in _live_factors(layer, history.dead).items():
+                    known = self._live.get(parameter)  # of another layer, as for a BatchNorm behind a concatenation
+                    self._live[parameter] = factor if known is None else known * factor
         self._zeros.set(zeros)
 
     def state_dict(self) -> dict[str, Any]:
@@ -504,8 +530,12 @@ def _live_factors(layer: Layer, dead: Tensor) -> dict[Tensor, Tensor]:
         if not isinstance(module, nn.Module) or not graph.is_out_channel_pruning_fn(item.dep.handler):
             continue
         out = torch.tensor(item.idxs)[dead[torch.tensor(item.root_idxs)]]
-        for parameter in module.parameters(recurse=False):
+        # what attention hands on is made by its last layer
+        maker = module.out_proj if isinstance(module, nn.MultiheadAttention) else module
+        for parameter in maker.parameters(recurse=False):
             transposed = isinstance(module, nn.modules.conv._ConvNd) and module.transposed and parameter.dim() > 1
+            if parameter.shape[int(transposed)] == 1:  # shared by all channels, as in PReLU
+                continue
             shape = [1] * parameter.dim()
             shape[int(transposed)] = parameter.shape[int(transposed)]
             factor = torch.ones(shape, dtype=parameter.dtype, device=parameter.device)
