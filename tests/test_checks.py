@@ -97,7 +97,8 @@ def test_what_cannot_be_known_is_not_refused(tiny: Path) -> None:
         (["prune.mode=watch"], "target: expected nothing with mode watch, found flops"),
         (
             ["prune.target={latency: 0.5}", "prune.mode=dynamic"],
-            "target: expected another than latency with mode dynamic, whose timings could not be resumed, found latency",
+            "target: expected another than latency with mode dynamic, whose timings could not be resumed, "
+            "found latency",
         ),
         (["prune.dynamics={patience: 3}"], "dynamics: expected nothing with mode after_training, found patience"),
         (["prune.mode=dynamic", "prune.steps=2"], "steps: expected nothing with mode dynamic, found 2"),
