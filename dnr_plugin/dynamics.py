@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from .inputs import call, one_sample, tensors
 from .layers import Layer, Limits, prunable_layers
 from .neurons import histograms, judge
 from .observe import Observer, input_channels
-from .planning import KEPT_TARGETS, TARGETS, Baseline, baseline, plan_removal
+from .planning import KEPT_TARGETS, SCOPES, TARGETS, Baseline, baseline, plan_removal
 from .removal import output_difference, prune_neurons
 from .zeroing import SoftZeros
 
@@ -34,7 +34,7 @@ class Timetable:
 
     Attributes:
         check_every: steps from one check to the next, >= 1.
-        until: step at which removal ends; nothing is removed later.
+        until: step at which removal ends: with the last check up to there, or the next one where that was put off.
         watched: steps read before each check, in [1, check_every]; None for all.
         warmup: step before which no neuron becomes a candidate.
         remove_at: steps from which the first check removes; by default every check does.
@@ -119,7 +119,7 @@ class DyingNeuronDynamics:
     to rank clearly above those that have to go. What is still a candidate after ``patience`` checks is removed
     physically: parameters, gradients, optimizer state and statistics shrink, learning rate schedules go on, and the
     network trains on, smaller. Since it was zero all along, its removal changes nothing (but behind LayerNorm,
-    GroupNorm and softmax over channels).
+    GroupNorm, attention and softmax over channels).
 
     The policy of *DNR-Pruning* (Wang & Jiang, TMLR 2025), whose code cannot run; soft zeros after SFP (He et al., IJCAI
     2018); with ``kind="dead"`` and ``patience=0`` that of DemP (Dufort-Labbé et al., arXiv 2403.07688).
@@ -195,27 +195,35 @@ class DyingNeuronDynamics:
         if kind is not None and kind not in targets:
             raise ValueError(f"kind: expected None or one of {', '.join(targets)}, found {kind!r}")
         every = when.check_every
-        if every < 1 or not 1 <= (when.watched or every) <= every:
+        if every < 1 or not (when.watched is None or 1 <= when.watched <= every):
             raise ValueError(f"when: expected 1 <= watched <= check_every, found {when}")
+        shares = kind not in (None, "dead")
+        for name, fits, expected, found in (
+            ("value", not shares or 0.0 < value < 1.0, "a number above 0 and below 1", value),
+            ("patience", patience >= 0, "at least 0", patience),
+            ("ramp", ramp in get_args(Ramp), f"one of {', '.join(get_args(Ramp))}", ramp),
+            ("margin", margin >= 1.0, "at least 1", margin),
+            ("max_share", 0.0 < max_share <= 1.0, "a number in (0, 1]", max_share),
+            ("dying_entropy", dying_entropy is None or dying_entropy > 0.0, "None or a number above 0", dying_entropy),
+            ("min_samples", min_samples >= 1, "at least 1", min_samples),
+            ("scope", scope in SCOPES, f"one of {', '.join(SCOPES)}", scope),
+        ):
+            if not fits:
+                raise ValueError(f"{name}: expected {expected}, found {found!r}")
         if kind is not None and (when.last - when.first < patience or max(when.remove_at, default=0) > when.until):
             raise ValueError(
                 f"when: expected the first candidates (check {when.first}) to have {patience} checks of patience "
                 f"before the last removal (check {when.last}), and removals before until, found {when}"
             )
         self.model, self.example, self.optimizer = model, one_sample(example_inputs), optimizer
-        self.kind, self.value, self.patience, self.zero, self.ramp, self.margin = (
-            kind,
-            value,
-            patience,
-            zero,
-            ramp,
-            margin,
-        )
+        self.kind, self.value, self.patience, self.zero = kind, value, patience, zero
+        self.ramp, self.margin = ramp, margin
         self.when, self._removing = when, {-(-step // every) for step in when.remove_at}
         self.max_share, self.dying_entropy, self.min_samples = max_share, dying_entropy, min_samples
         self.importance = importance or DyingNeuronImportance()
         self.scope, self.limits, self.fold = scope, limits, fold
         self.dense = dense or baseline(model, example_inputs)
+        self._layers()  # what the limits name must exist
         self._outputs = output_layers(model, self.example)
         self._zeros = SoftZeros()
         self._observer: Observer | None = None
@@ -231,11 +239,15 @@ class DyingNeuronDynamics:
 
     def __enter__(self) -> DyingNeuronDynamics:
         self._inside = True
-        if self.histories:
-            self._install(self._layers())
-        self._watch()
-        if self._observer is not None and self._read is not None:
-            self._observer.load_state_dict(self._read)
+        try:
+            if self.histories:
+                self._install(self._layers())
+            self._watch()
+            if self._observer is not None and self._read is not None:
+                self._observer.load_state_dict(self._read)
+        except BaseException:  # no hooks stay behind
+            self.__exit__(None, None, None)
+            raise
         self._read = None
         return self
 
@@ -245,6 +257,7 @@ class DyingNeuronDynamics:
         """Ends watching; candidates that still wait are zeroed no longer."""
         self._inside = False
         self._zeros.clear()
+        self._live = {}
         if self._observer is not None:
             self._observer.release()
             self._observer = None
@@ -254,7 +267,10 @@ class DyingNeuronDynamics:
         """Whether the next call of `step` will judge the neurons."""
         if self._observer is None or self._step + 1 < self._next:
             return False
-        return self._observer.samples * _ranks() >= self.min_samples
+        samples = torch.tensor(self._observer.samples, device=next(self.model.parameters()).device)
+        if _ranks() > 1:  # the same answer everywhere, also where last batches differ
+            torch.distributed.all_reduce(samples)
+        return int(samples) >= self.min_samples
 
     def step(self) -> Check | None:
         """Counts a training step, to be called after the optimizer's; judges the neurons when it is time.
@@ -283,7 +299,8 @@ class DyingNeuronDynamics:
 
     def _watch(self) -> None:
         """Opens the observer for the last steps before a check."""
-        if self._observer is None and self._next - self._step <= (self.when.watched or self.when.check_every):
+        watched = self.when.check_every if self.when.watched is None else self.when.watched
+        if self._observer is None and self._next - self._step <= watched:
             self._observer = self.importance.observer_of(self.model, training=True)
             self._observer.__enter__()
 
@@ -293,7 +310,7 @@ class DyingNeuronDynamics:
         self.checks += 1
         # from here on the network is traced and copied, which is not for hooks to see
         self._zeros.clear()
-        layers = self._layers()
+        layers, self.skipped, _ = prunable_layers(self.model, self.example, self.limits, self.dense.sizes)
         changed: dict[str, tuple[Tensor, Tensor]] = {}
         for layer in layers:
             evidence = self.importance.evidence(layer.group)
@@ -336,15 +353,13 @@ class DyingNeuronDynamics:
         """Hands what was read over to the criterion, the sum of all ranks."""
         assert self._observer is not None
         observer, self._observer = self._observer, None
+        if _ranks() > 1:  # before anything can fail on one rank and leave the others waiting
+            observer.all_reduce()
         observer.__exit__(None, None, None)
-        if _ranks() > 1:
-            for activity in observer.activities.values():
-                activity.all_reduce()
         self.importance.judge_by(observer)
 
     def _layers(self) -> list[Layer]:
-        layers, self.skipped, _ = prunable_layers(self.model, self.example, self.limits, self.dense.sizes)
-        return layers
+        return prunable_layers(self.model, self.example, self.limits, self.dense.sizes)[0]
 
     def _move(self, layers: Sequence[Layer]) -> dict[str, int]:
         """Nominates and restores candidates; returns how many of each layer were nominated."""
@@ -450,7 +465,9 @@ class DyingNeuronDynamics:
         if allowed and not self.finished:
             for layer in layers:
                 history = self.histories[layer.name]
-                due = history.candidates if final else history.waiting >= self.patience
+                # a target is met at the last check whoever waits; death is a verdict that takes patience even then
+                hurried = final and self.kind != "dead"
+                due = history.candidates if hurried else history.waiting >= self.patience
                 whole = [n for n in itertools.accumulate(layer.portions) if n <= int(due.sum()) // layer.blocks]
                 if whole:
                     gone[layer.name] = self._lowest(layer, due, whole[-1]).nonzero().flatten().tolist()
@@ -494,7 +511,9 @@ class DyingNeuronDynamics:
                 gone = zeros.setdefault(use.module, torch.zeros(input_channels(use.module), dtype=torch.bool))
                 gone[use.channels] |= history.candidates[use.neurons]
             if history.dead.any():
-                self._live.update(_live_factors(layer, history.dead))
+                for parameter, factor in _live_factors(layer, history.dead).items():
+                    known = self._live.get(parameter)  # of another layer, as for a BatchNorm behind a concatenation
+                    self._live[parameter] = factor if known is None else known * factor
         self._zeros.set(zeros)
 
     def state_dict(self) -> dict[str, Any]:
@@ -527,8 +546,12 @@ def _live_factors(layer: Layer, dead: Tensor) -> dict[Tensor, Tensor]:
         if not isinstance(module, nn.Module) or not graph.is_out_channel_pruning_fn(item.dep.handler):
             continue
         out = torch.tensor(item.idxs)[dead[torch.tensor(item.root_idxs)]]
-        for parameter in module.parameters(recurse=False):
+        # what attention hands on is made by its last layer
+        maker = module.out_proj if isinstance(module, nn.MultiheadAttention) else module
+        for parameter in maker.parameters(recurse=False):
             transposed = isinstance(module, nn.modules.conv._ConvNd) and module.transposed and parameter.dim() > 1
+            if parameter.shape[int(transposed)] == 1:  # shared by all channels, as in PReLU
+                continue
             shape = [1] * parameter.dim()
             shape[int(transposed)] = parameter.shape[int(transposed)]
             factor = torch.ones(shape, dtype=parameter.dtype, device=parameter.device)

@@ -82,7 +82,7 @@ class NeuronHistory:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything, as tensors and plain numbers."""
-        return {"checks": self.checks, **{name: getattr(self, name) for name in self._TENSORS}}
+        return {"checks": self.checks, **{name: getattr(self, name).clone() for name in self._TENSORS}}
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> NeuronHistory:
@@ -91,5 +91,5 @@ class NeuronHistory:
         history = cls(neurons, bins)
         history.checks = state["checks"]
         for name in cls._TENSORS:
-            setattr(history, name, state[name])
+            setattr(history, name, state[name].clone())  # updated in place
         return history

@@ -207,6 +207,11 @@ class Observer:
             seen[name] = seen.get(name, 0) + activity.samples
         return min(seen.values(), default=0)
 
+    def all_reduce(self) -> None:
+        """Adds up, inside the context, what the ranks of the default process group have read there."""
+        for activity in self._by_device.values():
+            activity.all_reduce()
+
     def state_dict(self) -> dict[str, Any]:
         """Everything read so far, as tensors and plain numbers; on the CPU."""
         merged: dict[str, Activity] = {}

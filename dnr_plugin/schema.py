@@ -315,19 +315,23 @@ class PruneOptions(Section):
             "dynamic": ["steps", "recalibrate"],
             "watch": ["steps", "recalibrate", "fold", "scope", "round_to", "max_pruning_ratio", "ignored"],
         }[self.mode]
+        given = [name for name, value in self.dynamics if value != DynamicsOptions.model_fields[name].default]
         for name in unused:
-            if getattr(self, name) != type(self).model_fields[name].default:
-                raise ValueError(
-                    f"{name}: expected nothing with mode {self.mode}, which does not use it, found a value of its own"
-                )
-        if self.mode == "watch" and self.dynamics != DynamicsOptions(check_every=self.dynamics.check_every):
-            raise ValueError("dynamics: expected check_every alone with mode watch, which removes nothing, found more")
+            value = getattr(self, name)
+            if value != type(self).model_fields[name].default:
+                found = ", ".join(given if name == "dynamics" else value) if name in ("dynamics", "ignored") else value
+                found = str(found).lower() if isinstance(found, bool) else found
+                raise ValueError(f"{name}: expected nothing with mode {self.mode}, found {found}")
+        if self.mode == "watch" and set(given) - {"check_every"}:
+            found = ", ".join(name for name in given if name != "check_every")
+            raise ValueError(f"dynamics: expected check_every alone with mode watch, found {found}")
         if self.mode == "dynamic" and self.target is not None and self.target.kind == "latency":
-            raise ValueError("target: expected one that can be repeated with mode dynamic, found latency")
-        if self.mode == "dynamic" and self.fold is False and self.dynamics.patience and self.dynamics.zero:
             raise ValueError(
-                "fold: expected nothing where candidates are zeroed, which leaves no mean to fold, found false"
+                "target: expected another than latency with mode dynamic, whose timings could not be resumed, found "
+                "latency"
             )
+        if self.mode == "dynamic" and self.fold is False and self.dynamics.patience and self.dynamics.zero:
+            raise ValueError("fold: expected nothing where candidates are zeroed, found false")
         return self
 
 

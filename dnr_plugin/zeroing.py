@@ -33,10 +33,11 @@ class _ZeroHook:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         a = input_of(args, kwargs)
-        assert a is not None
-        self.keep = self.keep.to(a.device)
+        if a is None:  # the layer will say what is wrong
+            return args, kwargs
+        keep = self.keep = self.keep.to(a.device)  # replicas of a DataParallel model share the hook
         shape = (-1, *[1] * len(module.kernel_size)) if isinstance(module, nn.modules.conv._ConvNd) else (-1,)
-        zeroed = _Zeroed.apply(a, self.keep.view(shape).to(a.dtype))
+        zeroed = _Zeroed.apply(a, keep.view(shape).to(a.dtype))
 
         def replaced(value: Any) -> Any:  # self-attention takes the same tensor three times
             return zeroed if value is a else value

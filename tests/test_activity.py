@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dnr_plugin.activity import Activity, dormancy, entropy_bits, octaves, on_off_entropy_bits
+from dnr_plugin.activity import Activity, dormancy, drift_bits, entropy_bits, octaves, on_off_entropy_bits
 
 INTEGERS = ("samples", "values", "fired_samples", "fired", "histogram", "highest", "lowest")
 SUMS = ("total", "total_magnitude", "total_square")
@@ -326,3 +326,32 @@ def test_two_ranks_equal_one_process(tmp_path: Path) -> None:
         assert_same(pickle.loads((tmp_path / f"{rank}.pkl").read_bytes()), observed(data(n=30)))
         for culprit in (0, 1):
             assert not pickle.loads((tmp_path / f"{rank}.nan{culprit}.pkl").read_bytes()).finite
+
+
+def test_drift_equals_scipy() -> None:
+    """With half a count in every bin, so that a bin that was empty is no infinity; 0 for equal shares of many."""
+    generator = torch.Generator().manual_seed(0)
+    now, before = torch.randint(0, 40, (2, 30, 6), generator=generator)
+    now[0], before[1] = 0, 0
+    expected = scipy.stats.entropy(now.numpy() + 0.5, before.numpy() + 0.5, base=2, axis=1)
+    np.testing.assert_allclose(drift_bits(now, before), expected, atol=1e-12)
+    assert drift_bits(now, now).tolist() == [0.0] * 30
+    assert (drift_bits(now, before)[2:] > 0).all()
+
+
+def test_a_state_goes_on_where_it_was_taken(tmp_path: Path) -> None:
+    whole, first = observed(data(seed=1), data(seed=2)), observed(data(seed=1))
+    torch.save(first.state_dict(), tmp_path / "state.pt")
+    again = Activity(5, share=1.0)
+    again.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    again.update(data(seed=2))
+    assert_same(again, whole)
+    for name in SUMS:  # to the bit, not nearly
+        assert torch.equal(getattr(again, name), getattr(whole, name)), name
+    assert again.samples == 48
+
+
+@pytest.mark.parametrize("other", [{"channels": 4}, {"channels": 5, "bins": 8}])
+def test_a_state_of_other_channels_or_bins_is_refused(other: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="expected shape"):
+        Activity(**other).load_state_dict(observed(data()).state_dict())  # type: ignore[arg-type]

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 import dnr_plugin.observe
 from dnr_plugin.activity import Activity
 from dnr_plugin.observe import Observer, is_consumer
+from dnr_plugin.zeroing import SoftZeros
 
 
 def hooks(model: nn.Module) -> int:
@@ -439,3 +440,85 @@ def test_observing_never_waits_for_cuda() -> None:
     for name, activity in observer.activities.items():
         np.testing.assert_allclose(activity.mean.cpu(), expected[name].mean, rtol=1e-2, atol=1e-4)
         assert int(activity.histogram.sum()) == int(expected[name].histogram.sum())
+
+
+@pytest.mark.parametrize("cut", [0, 1, 2])
+def test_a_state_taken_between_batches_goes_on(cut: int) -> None:
+    """Inside the context and through a file: statistics equal those without a break to the bit."""
+    model, batches = make("residual"), [images(4, seed=k) for k in range(3)]
+    whole = observed(model, *batches)
+    with torch.no_grad():
+        with Observer(model, share=1.0) as first:
+            for x in batches[:cut]:
+                model(x)
+            buffer = io.BytesIO()
+            torch.save(first.state_dict(), buffer)
+            model(images(2, seed=9))  # not part of the state
+        buffer.seek(0)
+        second = Observer(model, share=1.0)
+        with second:
+            second.load_state_dict(torch.load(buffer, weights_only=True))
+            assert second.samples == 4 * cut
+            for x in batches[cut:]:
+                model(x)
+            assert second.samples == 12
+    for name, activity in whole.items():
+        for key, value in activity.state_dict().items():
+            found = second.activities[name].state_dict()[key]
+            assert torch.equal(found, value) if isinstance(value, Tensor) else found == value, (name, key)
+
+
+def test_a_state_adds_up_what_earlier_contexts_read() -> None:
+    model = make("plain")
+    observer = Observer(model, share=1.0)
+    with observer:
+        model(images(4))
+    with observer:
+        model(images(3, seed=2))
+        state = observer.state_dict()
+        assert observer.samples == state["b"]["samples"] == 7
+        model(images(4))
+    assert state["b"]["samples"] == 7
+    assert observer.samples == 11
+
+
+def test_a_state_of_other_widths_is_refused() -> None:
+    with Observer(make("plain")) as observer:
+        observer.model(images())
+    with pytest.raises(ValueError, match="expected shape"):
+        Observer(type(make("plain"))(6)).load_state_dict(observer.state_dict())
+
+
+def test_training_is_read_and_evaluation_is_not() -> None:
+    model = make("plain").train()
+    with Observer(model, training=True) as observer:
+        model(images(8))
+        model.eval()
+        model(images(5))
+        model.train()
+        model(images(2))
+    assert {activity.samples for activity in observer.activities.values()} == {10}
+
+
+@pytest.mark.parametrize("earlier", [True, False])
+def test_training_is_read_ahead_of_what_zeroes(earlier: bool) -> None:
+    """Whether the channels were zeroed before the observer was opened or after."""
+    model, x, zeros = make("plain").train(), images(), SoftZeros()
+    b = model.get_submodule("b")
+    gone = {b: torch.arange(8) < 4}
+    expected = model.bn(model.a(x)).relu()
+    if earlier:
+        zeros.set(gone)
+    with Observer(model, share=1.0, training=True) as observer:
+        if not earlier:
+            zeros.set(gone)
+        model(x)
+    assert_reads(observer.activities["b"], expected)
+    assert (observer.activities["b"].fired_samples[:4] > 0).any()
+    # and c's input shows that they were zeroed
+    assert not torch.allclose(observer.activities["c"].mean, observed_mean(model, expected), atol=1e-6)
+
+
+def observed_mean(model: nn.Module, a: Tensor) -> Tensor:
+    zeroless = F.conv2d(a, model.b.weight, model.b.bias, padding=1).relu()
+    return zeroless.detach().double().mean((0, 2, 3))

@@ -198,6 +198,28 @@ def test_noise_on_several_gradients_is_independent_and_spares_what_has_none() ->
     assert parameters[2].grad is None
 
 
+def test_noise_spares_what_is_not_live() -> None:
+    """Dead rows are untouched to the bit; all other numbers are those that come without factors."""
+    parameters = [nn.Parameter(torch.zeros(4, 3, 2)), nn.Parameter(torch.zeros(5)), nn.Parameter(torch.zeros(3, 4))]
+    factors = {
+        parameters[0]: torch.tensor([1.0, 0.0, 0.0, 1.0]).view(4, 1, 1),
+        parameters[2]: torch.tensor([1.0, 1.0, 0.0, 1.0]),
+    }
+
+    def noised(live: Any) -> list[Tensor]:
+        for parameter in parameters:
+            parameter.grad = torch.full_like(parameter, 0.1)
+        add_noise(parameters, 0.5, 7, live)
+        return [parameter.grad for parameter in parameters if parameter.grad is not None]
+
+    everywhere, spared = noised(None), noised(factors.get)
+    assert (spared[0][1:3] == 0.1).all() and (spared[2][:, 2] == 0.1).all()
+    assert torch.equal(spared[0][[0, 3]], everywhere[0][[0, 3]])
+    assert torch.equal(spared[1], everywhere[1])
+    assert torch.equal(spared[2][:, [0, 1, 3]], everywhere[2][:, [0, 1, 3]])
+    assert (everywhere[0] != 0.1).all() and (everywhere[2] != 0.1).all()
+
+
 def test_clipping_bounds_noise_before_it_and_not_after(data: Data) -> None:
     """The noise alone has norm 0.5 * sqrt(20,000), about 71."""
     norms = {

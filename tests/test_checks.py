@@ -1,0 +1,166 @@
+"""What a recipe with dynamics or watching may not ask for: one line each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dnr_plugin.checks import check_live_noise, check_timetable, timetable
+from dnr_plugin.dynamics import Timetable
+from dnr_plugin.errors import InputError
+from dnr_plugin.recipe import load_recipe
+
+# 320 images in batches of 32: ten steps an epoch, ten epochs
+BASE = ["train.epochs=10", "prune.observe={samples: 64, min_samples: 32}", "prune.mode=dynamic",
+        "prune.recalibrate=2048"]  # fmt: skip
+WATCH = [*BASE, "prune.mode=watch", "prune.target=null"]
+
+
+def lines(tiny: Path, *overrides: str, images: int | None = 320) -> list[str]:
+    recipe = load_recipe(tiny, [*BASE, *overrides])
+    with pytest.raises(InputError) as caught:
+        check_timetable(recipe, images)
+    return list(caught.value.problems)
+
+
+def test_a_timetable_in_steps(tiny: Path) -> None:
+    recipe = load_recipe(
+        tiny,
+        [*BASE, "prune.dynamics={check_every: 0.5, warmup_epochs: 1.3, until: 0.55, remove_at: [2, 5.5], patience: 3}"],
+    )
+    times = timetable(recipe, 320)
+    assert times == Timetable(5, until=55, watched=2, warmup=13, remove_at=(20, 55))
+    assert (times.first, times.last) == (3, 11)
+    check_timetable(recipe, 320)
+    assert Timetable(5, until=54, warmup=0).first == 1
+    assert (Timetable(5, until=54, warmup=16).first, Timetable(5, until=54).last) == (4, 10)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (
+            ["prune.dynamics={patience: 6}"],
+            "patience: expected at most 5, the checks from warm-up (epoch 1) to the last removal (epoch 6), found 6",
+        ),
+        (
+            ["prune.dynamics={patience: 2, remove_at: [2.0]}"],
+            "patience: expected at most 1, the checks from warm-up (epoch 1) to the last removal (epoch 2), found 2",
+        ),
+        (
+            ["prune.dynamics={warmup_epochs: 7}"],
+            "warmup_epochs: expected to end before the last removal (epoch 6), found 7",
+        ),
+        (
+            ["prune.dynamics={remove_at: [2, 6.5]}"],
+            "remove_at: expected epochs up to 6, which is until (0.6) of train.epochs (10), found 6.5",
+        ),
+        (["prune.dynamics={check_every: 11}"], "check_every: expected at most 10, the epochs there are, found 11"),
+    ],
+)
+def test_a_run_too_short_for_its_dynamics(tiny: Path, overrides: list[str], expected: str) -> None:
+    assert lines(tiny, *overrides) == [f"prune.dynamics.{expected}"]
+
+
+def test_the_limits_themselves_are_allowed(tiny: Path) -> None:
+    for dynamics in ("{patience: 5}", "{remove_at: [2, 6]}", "{warmup_epochs: 4}", "{check_every: 1, patience: 0}"):
+        check_timetable(load_recipe(tiny, [*BASE, f"prune.dynamics={dynamics}"]), 320)
+
+
+def test_fewer_images_between_checks_than_death_is_judged_on(tiny: Path) -> None:
+    few = ["prune.dynamics.check_every=0.1", "prune.observe={samples: 64, min_samples: 33}"]
+    line = "prune.observe.min_samples: expected at most 32, the images from one check to the next, found 33"
+    assert lines(tiny, *few) == [line]
+    assert lines(tiny, *WATCH[len(BASE):], *few) == [line]  # fmt: skip
+    check_timetable(load_recipe(tiny, [*BASE, few[0], "prune.observe={samples: 64, min_samples: 32}"]), 320)
+
+
+@pytest.mark.parametrize("mode", ["dynamic", "watch"])
+def test_dynamics_need_training(tiny: Path, mode: str) -> None:
+    more = WATCH[len(BASE) :] if mode == "watch" else []
+    expected = f"train.epochs: expected at least 1 with prune.mode {mode}, found 0"
+    assert lines(tiny, *more, "train.epochs=0") == [expected]
+    assert lines(tiny, *more, "train.epochs=0", images=None) == [expected]
+
+
+def test_what_cannot_be_known_is_not_refused(tiny: Path) -> None:
+    check_timetable(load_recipe(tiny, [*BASE, "prune.dynamics={patience: 60}"]), None)
+    check_timetable(load_recipe(tiny, ["train.epochs=0"]), 320)  # after_training
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["prune.target=null", "prune.mode=dynamic"], "target: expected one with mode dynamic, found nothing"),
+        (["prune.target=null"], "target: expected one with mode after_training, found nothing"),
+        (["prune.mode=watch"], "target: expected nothing with mode watch, found flops"),
+        (
+            ["prune.target={latency: 0.5}", "prune.mode=dynamic"],
+            "target: expected another than latency with mode dynamic, whose timings could not be resumed, "
+            "found latency",
+        ),
+        (["prune.dynamics={patience: 3}"], "dynamics: expected nothing with mode after_training, found patience"),
+        (["prune.mode=dynamic", "prune.steps=2"], "steps: expected nothing with mode dynamic, found 2"),
+        (["prune.mode=dynamic", "prune.recalibrate=100"], "recalibrate: expected nothing with mode dynamic, found 100"),
+        (["prune.mode=dynamic", "prune.fold=false"], "fold: expected nothing where candidates are zeroed, found false"),
+        *(
+            (
+                ["prune.target=null", "prune.mode=watch", f"prune.{name}={value}"],
+                f"{name}: expected nothing with mode watch, found {value}",
+            )
+            for name, value in (("scope", "global"), ("round_to", "8"), ("max_pruning_ratio", "0.5"), ("fold", "false"))
+        ),
+        (
+            ["prune.target=null", "prune.mode=watch", "prune.dynamics={check_every: 2, patience: 1}"],
+            "dynamics: expected check_every alone with mode watch, found patience",
+        ),
+    ],
+)
+def test_options_that_the_mode_does_not_use(tiny: Path, overrides: list[str], expected: str) -> None:
+    with pytest.raises(InputError) as caught:
+        load_recipe(tiny, ["prune.recalibrate=2048", *overrides])
+    (problem,) = caught.value.problems
+    assert f"prune.{expected}" in problem
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["prune.mode=dynamic"],
+        ["prune.mode=dynamic", "prune.target={dead: true}"],
+        ["prune.mode=dynamic", "prune.fold=false", "prune.dynamics={patience: 0}"],
+        ["prune.mode=dynamic", "prune.fold=false", "prune.dynamics={zero: false}"],
+        ["prune.mode=watch", "prune.target=null", "prune.dynamics={check_every: 0.5}"],
+    ],
+)
+def test_options_that_it_does_use(tiny: Path, overrides: list[str]) -> None:
+    load_recipe(tiny, ["prune.recalibrate=2048", *overrides])
+
+
+NOISE = "pressure.noise={std: 0.1, neurons: live}"
+LIVE = (
+    "{}.pressure.noise.neurons: expected all, since only prune.mode dynamic or watch knows which are live, and only in "
+    "train, found live"
+)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "stages"),
+    [
+        ([f"train.{NOISE}"], ["train"]),
+        ([f"train.{NOISE}", f"finetune.{NOISE}"], ["train", "finetune"]),
+        ([f"train.{NOISE}", f"finetune.{NOISE}", *BASE], ["finetune"]),
+        ([f"finetune.{NOISE}", *WATCH], ["finetune"]),
+        ([f"train.{NOISE}", *BASE], []),
+        ([f"train.{NOISE}", *WATCH], []),
+    ],
+)
+def test_noise_on_live_neurons_needs_watching(tiny: Path, overrides: list[str], stages: list[str]) -> None:
+    recipe = load_recipe(tiny, overrides)
+    if not stages:
+        check_live_noise(recipe)
+        return
+    with pytest.raises(InputError) as caught:
+        check_live_noise(recipe)
+    assert list(caught.value.problems) == [LIVE.format(stage) for stage in stages]
