@@ -196,10 +196,11 @@ def _run(arguments: argparse.Namespace) -> int:
         raise located(error, file, arguments.overrides) from None
     written = f"Written to {output}: report.html, report.json, model.safetensors"
     _show(summary_table(report), *(f"- {fact}" for fact in facts(report)), written)
-    target = report["target"]
+    target, stopped = report["target"], (report["dynamics"] or {}).get("stopped")
     if not target["reached"]:
         raise TargetError(
-            f"{target['kind']}: {target['requested']} was asked, {target['achieved']:.4f} was reached and is saved",
+            f"{target['kind']}: {target['requested']} was asked, {target['achieved']:.4f} was reached and is saved"
+            + (f"; removal stopped, since {stopped}" if stopped else ""),
             target["achieved"],
         )
     return DONE

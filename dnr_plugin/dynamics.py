@@ -372,8 +372,9 @@ class DyingNeuronDynamics:
             self._finish()
             return nominated
         self._restore(layers, number)
-        candidates = {layer.name: self.histories[layer.name].candidates for layer in layers}
-        wanted = self._planned(self._removed_share(number), {**self._dying(layers), **candidates})
+        dying = self._dying(layers)
+        first = {layer.name: self.histories[layer.name].candidates | dying[layer.name] for layer in layers}
+        wanted = self._planned(self._removed_share(number), first)
         if not wanted and number >= self.when.last - self.patience and self.kind != "dead":  # the target is met
             self._finish()
             return nominated
@@ -416,11 +417,13 @@ class DyingNeuronDynamics:
         )
 
     def _dying(self, layers: Sequence[Layer]) -> dict[str, Tensor]:
-        """Neurons that go as the dead ones do."""
-        if self.dying_entropy is None:
-            return {}
-        histories = {layer.name: self.histories[layer.name] for layer in layers}
-        return {name: past.falling & (past.entropy <= self.dying_entropy) for name, past in histories.items()}
+        """Neurons that go as the dead ones do: of low entropy, and falling unless they are candidates already."""
+        found = {}
+        for layer in layers:
+            history = self.histories[layer.name]
+            low = history.entropy <= (-1.0 if self.dying_entropy is None else self.dying_entropy)
+            found[layer.name] = low & (history.falling | history.candidates)
+        return found
 
     def _planned(self, removed: float, first: Mapping[str, Tensor]) -> Mapping[str, Sequence[int]]:
         """The neurons to take so that a share of what the target measures is gone, some of them before all others."""

@@ -178,13 +178,13 @@ def test_a_dynamic_run_killed_at_ten_random_moments_ends_the_same_ten_times(tiny
 def test_when_everything_dies_removal_stops_and_the_model_stays_usable(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A penalty far above the learning signal: the scales go to zero, and with them all activations."""
+    """Steps so long that every ReLU of the last hidden layer ends below zero for all images."""
     from dnr_plugin.cli import main
 
     deadly = [
-        "train.pressure.bn_l1={strength: 50.0, schedule: constant}", "train.weight_decay=0.0", "train.lr=0.001",
-        "train.momentum=0.0", "model.name=vgg16_bn", "data.image_size=32", "model.width=4",
-    ]  # fmt: skip
+        "model={name: mlp, hidden: [16, 16]}",
+        "train={epochs: 4, batch_size: 32, lr: 5.0, momentum: 0.0, clip_norm: 1.0, schedule: constant}",
+    ]
     arguments = [part for override in (*DYNAMIC, *deadly) for part in ("--set", override)]
     assert main(["run", str(tiny), "--output", str(tmp_path / "run"), *arguments]) == 3
     report = json.loads((tmp_path / "run" / "report.json").read_text())
@@ -195,8 +195,9 @@ def test_when_everything_dies_removal_stops_and_the_model_stays_usable(
     after = [e for e in _events(tmp_path / "run") if e["event"] == "check" and e["epoch"] > stopped[0]["epoch"]]
     assert sum(event["removed"] for event in after) == 0
     assert all(row["channels_after"] >= 1 for row in report["layers"] if row["channels_before"])
-    assert load_pruned(tmp_path / "run")(torch.randn(2, 3, 32, 32)).shape == (2, 10)
+    assert load_pruned(tmp_path / "run")(torch.randn(2, 3, 16, 16)).shape == (2, 10)
     assert "every neuron that the outputs depend on is dead" in (tmp_path / "run" / "report.md").read_text()
+    assert "removal stopped, since every neuron that the outputs depend on is dead" in capsys.readouterr().err
 
 
 def test_a_loss_that_turns_nan_while_watching_names_the_step(
