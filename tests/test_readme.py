@@ -97,6 +97,7 @@ def test_a_snippet_of_the_readme_runs(snippet: str, tmp_path: Path) -> None:
         "example_inputs = torch.randn(1, 3, 32, 32)\n"
         "calibration = [(torch.randn(64, 3, 32, 32), torch.zeros(64).long()) for _ in range(24)]\n"
         "optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)\n"
+        "loader = [(torch.randn(8, 3, 32, 32), torch.randint(10, (8,))) for _ in range(60)]\n"
     )
     check = "\nassert sum(p.numel() for p in model.parameters()) < 11181642\nmodel(torch.randn(2, 3, 32, 32))\n"
     file = tmp_path / "snippet.py"
