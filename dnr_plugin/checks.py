@@ -24,7 +24,7 @@ from .neurons import SCORES
 from .planning import check_target
 from .pressure import check_pressure
 from .recipe import differing_fields, load_recipe
-from .schema import Recipe
+from .schema import PruneOptions, Recipe
 
 
 def check_recipe(recipe: Recipe) -> None:
@@ -112,9 +112,13 @@ def _not_begun(path: Path, *modes: str) -> tuple[str, ...]:
     if not path.is_file():
         return ()
     state = load_checkpoint_state(path)
-    if state["stage"] in ("train", "prune"):
-        after = set(modes) == {"after_training"}  # in the other modes, training itself removes or watches
-        return ("prune.", "finetune.") if after else ("finetune.",)
+    if state["stage"] == "prune":
+        return "prune.", "finetune."
+    if state["stage"] == "train":
+        # the neurons are watched as prune.observe and prune.dynamics say, and in mode dynamic removed
+        removal = set(PruneOptions.model_fields) - {"mode", "observe", "dynamics"}
+        after = set(modes) == {"after_training"}
+        return (*(f"prune.{name}" for name in removal if after), "finetune.")
     return ("finetune.",) if state["epoch"] == 0 else ()
 
 
@@ -147,16 +151,11 @@ def check_sizes(recipe: Recipe, images: int | None) -> None:
 
 def check_live_noise(recipe: Recipe) -> None:
     """Refuses noise on live neurons where no checks tell which these are."""
-    found = []
-    for stage, options in (("train", recipe.train), ("finetune", recipe.finetune)):
-        noise, watched = options.pressure.noise, stage == "train" and recipe.prune.mode != "after_training"
-        if noise is not None and noise.neurons == "live" and not watched:
-            found.append(
-                f"{stage}.pressure.noise.neurons: expected all, since only prune.mode dynamic or watch knows which are "
-                "live, and only in train, found live"
-            )
-    if found:
-        raise InputError(*found)
+    noise = recipe.finetune.pressure.noise
+    if noise is not None and noise.neurons == "live":
+        raise InputError(
+            "finetune.pressure.noise.neurons: expected all, since only train checks which neurons are live, found live"
+        )
 
 
 def timetable(recipe: Recipe, images: int) -> Timetable:

@@ -162,7 +162,7 @@ def facts(report: Mapping[str, Any]) -> list[str]:
         )
     else:
         lines.append(f"{found}; no removed neuron was exactly zero.")
-    lines += _dynamics_facts(report.get("dynamics"))
+    lines += _dynamics_facts(report.get("dynamics"), report.get("mode") == "dynamic")
     if report["skipped"]:
         named = "; ".join(f"{item['layer']} ({item['reason']})" for item in report["skipped"])
         lines.append(f"Left alone: {named}.")
@@ -182,14 +182,18 @@ def facts(report: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _dynamics_facts(dynamics: Mapping[str, Any] | None) -> list[str]:
-    """What happened to the neurons while the network trained; nothing for a run that did not look."""
+def _dynamics_facts(dynamics: Mapping[str, Any] | None, removed: bool) -> list[str]:
+    """What the checks of a run found while it trained, and did if it removed."""
     if not dynamics:
         return []
     lines = [
         f"In {dynamics['checks']} checks while training, neurons died {dynamics['died']} times, dead ones were "
-        f"reactivated {dynamics['reactivated']} times, candidates were restored {dynamics['restored']} times, and "
-        f"{dynamics['removed']} were removed."
+        f"reactivated {dynamics['reactivated']} times"
+        + (
+            f", candidates were restored {dynamics['restored']} times, and {dynamics['removed']} were removed."
+            if removed
+            else "."
+        )
     ]
     if dynamics["stopped"] is not None:
         lines.append(f"Removal stopped early: {dynamics['stopped']}.")

@@ -194,8 +194,7 @@ class _Run:
         seed = derive_seed(self.recipe.seed, stage)
         torch.manual_seed(seed)  # of dropout and the like
         trainer = Trainer(self.model, self.train_images, options, seed, self.recipe.data.augment)
-        watched = stage == "train" and self.recipe.prune.mode != "after_training"
-        dynamics = self.dynamics(trainer.optimizer) if watched else None
+        dynamics = self.dynamics(trainer.optimizer) if stage == "train" else None
         if state is not None and "optimizer" in state:
             trainer.optimizer.load_state_dict(state["optimizer"])
             trainer.schedule.load_state_dict(state["schedule"])
@@ -221,19 +220,21 @@ class _Run:
                     check_seconds=sum(check.seconds for check in done.checks),
                 )  # fmt: skip
                 self.save(trainer)
-            if dynamics is not None:
+            if dynamics is not None and self.recipe.prune.mode != "after_training":
                 self.results["removal"] = self.removed_while_training(dynamics)
 
     def dynamics(self, optimizer: torch.optim.Optimizer) -> DyingNeuronDynamics:
         """What watches the neurons while the network trains."""
         prune = self.recipe.prune
-        options, target = prune.dynamics, prune.target
+        options = prune.dynamics
+        target = prune.target if prune.mode == "dynamic" else None
         return DyingNeuronDynamics(
             self.model, self.example, when=timetable(self.recipe, len(self.train_images)), optimizer=optimizer,
             kind=target.kind if target else None, value=target.value if target else 1.0,
             patience=options.patience, zero=options.zero, ramp=options.ramp, margin=options.margin,
             max_share=options.max_share, dying_entropy=options.dying_entropy, min_samples=prune.observe.min_samples,
-            importance=self.importance(), scope=prune.scope, limits=self.limits, dense=self.dense, fold=prune.fold,
+            importance=self.importance(), scope=prune.scope, limits=self.limits if target else Limits(),
+            dense=self.dense, fold=prune.fold,
         )  # fmt: skip
 
     def note(self, check: Check, epoch: float) -> None:

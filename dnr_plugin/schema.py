@@ -105,7 +105,7 @@ class NoiseOptions(Section):
     neurons: Literal["all", "live"] = Field(
         default="all",
         description="live: none on the weights and BatchNorm scales of neurons that were dead at the last check, so "
-        "that noise does not wake them; only while prune.mode dynamic or watch looks at them",
+        "that noise does not wake them; in train only, where checks tell which these are",
     )
 
 
@@ -265,7 +265,8 @@ class PruneOptions(Section):
         default=None, description="what to reach: exactly one key; needed by every mode but watch"
     )
     dynamics: DynamicsOptions = Field(
-        default=DynamicsOptions(), description="when and what to remove while training; modes dynamic and watch only"
+        default=DynamicsOptions(),
+        description="when to look at the neurons while training, and what to remove in mode dynamic",
     )
     score: str = Field(
         default="variation",
@@ -311,20 +312,19 @@ class PruneOptions(Section):
             expected = "nothing with mode watch" if self.target else f"one with mode {self.mode}"
             raise ValueError(f"target: expected {expected}, found {self.target.kind if self.target else 'nothing'}")
         unused = {
-            "after_training": ["dynamics"],
+            "after_training": [],
             "dynamic": ["steps", "recalibrate"],
             "watch": ["steps", "recalibrate", "fold", "scope", "round_to", "max_pruning_ratio", "ignored"],
         }[self.mode]
-        given = [name for name, value in self.dynamics if value != DynamicsOptions.model_fields[name].default]
         for name in unused:
             value = getattr(self, name)
             if value != type(self).model_fields[name].default:
-                found = ", ".join(given if name == "dynamics" else value) if name in ("dynamics", "ignored") else value
-                found = str(found).lower() if isinstance(found, bool) else found
+                found = ", ".join(value) if isinstance(value, list) else str(value).lower()
                 raise ValueError(f"{name}: expected nothing with mode {self.mode}, found {found}")
-        if self.mode == "watch" and set(given) - {"check_every"}:
+        given = [name for name, value in self.dynamics if value != DynamicsOptions.model_fields[name].default]
+        if self.mode != "dynamic" and set(given) - {"check_every"}:
             found = ", ".join(name for name in given if name != "check_every")
-            raise ValueError(f"dynamics: expected check_every alone with mode watch, found {found}")
+            raise ValueError(f"dynamics: expected check_every alone with mode {self.mode}, found {found}")
         if self.mode == "dynamic" and self.target is not None and self.target.kind == "latency":
             raise ValueError(
                 "target: expected another than latency with mode dynamic, whose timings could not be resumed, found "

@@ -305,10 +305,11 @@ def _key(recipe: Recipe) -> str:
 
 
 def _training(recipe: Recipe) -> str | None:
-    """All that the weights depend on when the removal begins; None where there is nothing to share."""
+    """All that weights and events depend on when the removal begins; None where there is nothing to share."""
     if recipe.prune.mode != "after_training" or recipe.train.epochs == 0:
         return None
-    return json.dumps(recipe.model_dump(mode="json", include={"seed", "model", "data", "train"}), sort_keys=True)
+    parts: Any = {"seed": True, "model": True, "data": True, "train": True, "prune": {"observe", "dynamics"}}
+    return json.dumps(recipe.model_dump(mode="json", include=parts), sort_keys=True)
 
 
 def _name(values: Sequence[str]) -> str:

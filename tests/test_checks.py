@@ -100,7 +100,10 @@ def test_what_cannot_be_known_is_not_refused(tiny: Path) -> None:
             "target: expected another than latency with mode dynamic, whose timings could not be resumed, "
             "found latency",
         ),
-        (["prune.dynamics={patience: 3}"], "dynamics: expected nothing with mode after_training, found patience"),
+        (
+            ["prune.dynamics={patience: 3}"],
+            "dynamics: expected check_every alone with mode after_training, found patience",
+        ),
         (["prune.mode=dynamic", "prune.steps=2"], "steps: expected nothing with mode dynamic, found 2"),
         (["prune.mode=dynamic", "prune.recalibrate=100"], "recalibrate: expected nothing with mode dynamic, found 100"),
         (["prune.mode=dynamic", "prune.fold=false"], "fold: expected nothing where candidates are zeroed, found false"),
@@ -132,35 +135,19 @@ def test_options_that_the_mode_does_not_use(tiny: Path, overrides: list[str], ex
         ["prune.mode=dynamic", "prune.fold=false", "prune.dynamics={patience: 0}"],
         ["prune.mode=dynamic", "prune.fold=false", "prune.dynamics={zero: false}"],
         ["prune.mode=watch", "prune.target=null", "prune.dynamics={check_every: 0.5}"],
+        ["prune.dynamics={check_every: 0.5}"],
     ],
 )
 def test_options_that_it_does_use(tiny: Path, overrides: list[str]) -> None:
     load_recipe(tiny, ["prune.recalibrate=2048", *overrides])
 
 
-NOISE = "pressure.noise={std: 0.1, neurons: live}"
-LIVE = (
-    "{}.pressure.noise.neurons: expected all, since only prune.mode dynamic or watch knows which are live, and only in "
-    "train, found live"
-)
-
-
-@pytest.mark.parametrize(
-    ("overrides", "stages"),
-    [
-        ([f"train.{NOISE}"], ["train"]),
-        ([f"train.{NOISE}", f"finetune.{NOISE}"], ["train", "finetune"]),
-        ([f"train.{NOISE}", f"finetune.{NOISE}", *BASE], ["finetune"]),
-        ([f"finetune.{NOISE}", *WATCH], ["finetune"]),
-        ([f"train.{NOISE}", *BASE], []),
-        ([f"train.{NOISE}", *WATCH], []),
-    ],
-)
-def test_noise_on_live_neurons_needs_watching(tiny: Path, overrides: list[str], stages: list[str]) -> None:
-    recipe = load_recipe(tiny, overrides)
-    if not stages:
-        check_live_noise(recipe)
-        return
+def test_noise_on_live_neurons_is_for_training_alone(tiny: Path) -> None:
+    """Nobody looks at the neurons while the network is fine-tuned."""
+    noise = "pressure.noise={std: 0.1, neurons: live}"
+    check_live_noise(load_recipe(tiny, [f"train.{noise}"]))
     with pytest.raises(InputError) as caught:
-        check_live_noise(recipe)
-    assert list(caught.value.problems) == [LIVE.format(stage) for stage in stages]
+        check_live_noise(load_recipe(tiny, [f"train.{noise}", f"finetune.{noise}"]))
+    assert caught.value.problems == (
+        "finetune.pressure.noise.neurons: expected all, since only train checks which neurons are live, found live",
+    )

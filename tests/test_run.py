@@ -9,16 +9,17 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from runs import Killed, assert_same, events_of, lasting, stopping_after
 
-from dnr_plugin import checks, load_pruned, run
+from dnr_plugin import checks, load_pruned
 from dnr_plugin.errors import InputError
 from dnr_plugin.measure import flop_report
+from dnr_plugin.plots import CAPTIONS
 from dnr_plugin.recipe import load_recipe
 from dnr_plugin.run import run_recipe
 
@@ -46,7 +47,6 @@ def test_a_run_leaves_what_the_contract_says(tiny: Path, tmp_path: Path) -> None
         "recipe.yaml", "report.json", "report.md", "report.html", "events.jsonl", "model.safetensors",
         "architecture.json", "plots",
     }  # fmt: skip
-    assert {path.name for path in (folder / "plots").iterdir()} == {"channels.png", "accuracy.png"}
     for section, keys in CONTRACT.items():
         assert keys <= set(report[section] if section else report), section
     assert all(set(layer) == LAYER for layer in report["layers"])
@@ -62,16 +62,13 @@ def test_a_run_leaves_what_the_contract_says(tiny: Path, tmp_path: Path) -> None
     assert report["target"]["achieved"] == pytest.approx(report["kept"]["flops"])
     assert 0.47 < report["kept"]["flops"] <= 0.5
     roots = {"conv1", "layer1.0.conv1", "layer1.1.conv1"}
-    assert roots & {event["layer"] for event in _events(folder) if event["event"] == "removed"}
+    assert roots & {event["layer"] for event in events_of(folder) if event["event"] == "removed"}
     assert report["skipped"] == [{"layer": "fc", "reason": "its outputs are the model's outputs"}]
     assert report["activation"] == {"name": "relu", "places": 17, "left": []}
     html = (folder / "report.html").read_text()
-    assert html.count("data:image/png;base64,") == 2
+    assert {path.stem for path in (folder / "plots").iterdir()} == set(CAPTIONS)
+    assert html.count("data:image/png;base64,") == len(CAPTIONS)
     assert "http" not in html.split("base64")[0]
-
-
-def _events(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize(
@@ -108,52 +105,17 @@ def test_each_target_runs_to_the_end(tiny: Path, tmp_path: Path, overrides: list
     assert report["pruned"]["accuracy"] == report["pruned"]["accuracy_before_finetune"]
 
 
-class Killed(Exception):
-    pass
-
-
-def _stopping_after(calls: int) -> run.Track:
-    """Stops a run at some step of some epoch, or while it observes."""
-    left = [calls]
-
-    def track(items: Iterable[Any], total: int, what: str) -> Iterable[Any]:
-        for item in items:
-            left[0] -= 1
-            if left[0] < 0:
-                raise Killed(what)
-            yield item
-
-    return track
-
-
-def _lasting(folder: Path) -> tuple[Any, Any, dict[str, torch.Tensor]]:
-    """Report and events without timings, and the weights."""
-    report = json.loads((folder / "report.json").read_text())
-    for timed in ("seconds", "latency"):
-        del report[timed]
-    events = _events(folder)
-    for event in events:
-        event.pop("seconds", None)
-    return report, events, load_pruned(folder).state_dict()
-
-
-def _assert_same(found: Any, expected: Any, calls: int) -> None:
-    assert found[0] == expected[0], calls
-    assert found[1] == expected[1], calls
-    assert all(torch.equal(found[2][name], expected[2][name]) for name in expected[2]), calls
-
-
 def test_a_run_stopped_anywhere_and_resumed_is_the_same_run(tiny: Path, tmp_path: Path) -> None:
     """In the first step, the second epoch, the dense evaluation, right after the removal, and while fine-tuning."""
     recipe = load_recipe(tiny)
     run_recipe(recipe, tmp_path / "straight")
-    expected = _lasting(tmp_path / "straight")
+    expected = lasting(tmp_path / "straight")
     for calls in (0, 8, 14, 17, 21):
         folder = tmp_path / f"stopped{calls}"
         with pytest.raises(Killed):
-            run_recipe(recipe, folder, track=_stopping_after(calls))
+            run_recipe(recipe, folder, track=stopping_after(calls))
         run_recipe(recipe, folder, resume=True)
-        _assert_same(_lasting(folder), expected, calls)
+        assert_same(lasting(folder), expected, calls)
 
 
 PRESSURE = """{epochs: 2, batch_size: 32, lr: 0.05, clip_norm: 1.0, pressure: {weight_decay_schedule: linear,
@@ -165,13 +127,13 @@ def test_a_run_under_pressure_stopped_and_resumed_is_the_same_run(tiny: Path, tm
     pressure = [f"train={PRESSURE % 'before_clipping'}", f"finetune={PRESSURE % 'after_clipping'}"]
     recipe = load_recipe(tiny, pressure)
     run_recipe(recipe, tmp_path / "straight")
-    expected = _lasting(tmp_path / "straight")
+    expected = lasting(tmp_path / "straight")
     for stage, calls in (("train", 8), ("finetune", 28)):
         folder = tmp_path / f"stopped{calls}"
         with pytest.raises(Killed, match=f"{stage} epoch 2/2"):
-            run_recipe(recipe, folder, track=_stopping_after(calls))
+            run_recipe(recipe, folder, track=stopping_after(calls))
         run_recipe(recipe, folder, resume=True)
-        _assert_same(_lasting(folder), expected, calls)
+        assert_same(lasting(folder), expected, calls)
 
 
 def test_a_run_killed_for_real_loses_nothing(tiny: Path, tmp_path: Path) -> None:
@@ -188,7 +150,7 @@ def test_a_run_killed_for_real_loses_nothing(tiny: Path, tmp_path: Path) -> None
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     subprocess.run([*common, str(folder), "--resume"], check=True, capture_output=True)
-    straight, resumed = _lasting(tmp_path / "straight"), _lasting(folder)
+    straight, resumed = lasting(tmp_path / "straight"), lasting(folder)
     assert resumed[:2] == straight[:2]
     assert all(torch.equal(resumed[2][name], straight[2][name]) for name in straight[2])
 
@@ -314,13 +276,13 @@ def test_a_disk_that_fills_while_resuming_keeps_the_recipe(tiny: Path, tmp_path:
     """The folder of a stopped run is whole whatever happens to the next attempt."""
     recipe = load_recipe(tiny)
     with pytest.raises(Killed):
-        run_recipe(recipe, tmp_path / "run", track=_stopping_after(8))
+        run_recipe(recipe, tmp_path / "run", track=stopping_after(8))
     before = (tmp_path / "run" / "recipe.yaml").read_text()
     (tmp_path / "run" / "events.jsonl").unlink()
     with pytest.raises(Killed):
-        run_recipe(recipe, tmp_path / "run", resume=True, track=_stopping_after(0))
+        run_recipe(recipe, tmp_path / "run", resume=True, track=stopping_after(0))
     assert (tmp_path / "run" / "recipe.yaml").read_text() == before
-    assert len(_events(tmp_path / "run")) == 1
+    assert [event["epoch"] for event in events_of(tmp_path / "run") if event["event"] == "epoch"] == [1]
 
 
 def test_an_image_that_cannot_be_read_underway_is_a_failure_not_bad_input(

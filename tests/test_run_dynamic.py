@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_run import Killed, _assert_same, _events, _lasting, _stopping_after
+from runs import Killed, assert_same, events_of, lasting, stopping_after
 
 from dnr_plugin.checkpoint import load_pruned
 from dnr_plugin.errors import InputError
@@ -36,7 +36,7 @@ def dynamic(tiny: Path, *overrides: str) -> Recipe:
 
 
 def _sum(folder: Path, what: str, check: int | None = None) -> int:
-    rows = [event for event in _events(folder) if event["event"] == "check"]
+    rows = [event for event in events_of(folder) if event["event"] == "check"]
     return sum(row[what] for row in rows if check is None or row["check"] == check)
 
 
@@ -62,7 +62,7 @@ def test_a_dynamic_run_reaches_its_target_and_tells_what_happened(
     assert report["pruned"]["accuracy"] == report["pruned"]["accuracy_before_finetune"]
 
     # the events add up to the report, and the checks to each other
-    checks = max(event["check"] for event in _events(folder) if event["event"] == "check")
+    checks = max(event["check"] for event in events_of(folder) if event["event"] == "check")
     assert report["dynamics"]["checks"] == checks == 8
     for what in ("died", "reactivated", "restored", "removed"):
         assert report["dynamics"][what] == _sum(folder, what)
@@ -96,23 +96,27 @@ def test_a_watched_run_removes_nothing_and_counts(tiny: Path, tmp_path: Path) ->
     assert report["dead"]["of"] == _sum(tmp_path / "run", "neurons", 4)
     assert plan_recipe(recipe)[0] is None
 
-    # watching changes nothing of the training
-    unwatched = load_recipe(tiny, [*overrides, "prune={target: {dead: true}, observe: {samples: 64, min_samples: 64}}"])
-    run_recipe(unwatched, tmp_path / "unwatched")
-    losses = [
-        [event["loss"] for event in _events(tmp_path / name) if event["event"] == "epoch"]
-        for name in ("run", "unwatched")
-    ]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-12)
+    # every run watches; looking more often changes nothing of the training
+    seldom = load_recipe(tiny, [*overrides, watch.replace("check_every: 0.5", "check_every: 2")])
+    run_recipe(seldom, tmp_path / "seldom")
+    found = [load_pruned(tmp_path / name).state_dict() for name in ("run", "seldom")]
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+def test_a_run_that_removes_after_training_watches_too(tiny: Path, tmp_path: Path) -> None:
+    """Otherwise its pictures could not show which neurons died before."""
+    report = run_recipe(load_recipe(tiny), tmp_path / "run")
+    assert report["dynamics"]["checks"] == 2
+    assert report["dynamics"]["removed"] == 0
+    assert report["dynamics"]["wall_clock_ratio"] is None
+    stages = [event["event"] for event in events_of(tmp_path / "run")]
+    assert stages.index("removed") > max(k for k, stage in enumerate(stages) if stage == "check")
 
 
 def _same_but_for_timings(found: Any, expected: Any, calls: int) -> None:
-    for report, events, _ in (found, expected):
+    for report, _, _ in (found, expected):
         report["dynamics"].pop("wall_clock_ratio")
-        for event in events:
-            event.pop("training_seconds", None)
-            event.pop("check_seconds", None)
-    _assert_same(found, expected, calls)
+    assert_same(found, expected, calls)
 
 
 @pytest.mark.parametrize("noise", ["all", "live"])
@@ -123,21 +127,21 @@ def test_a_dynamic_run_stopped_anywhere_and_resumed_is_the_same_run(tiny: Path, 
         "prune.observe.samples=192",
     )  # fmt: skip
     run_recipe(recipe, tmp_path / "straight")
-    removed = {event["epoch"] for event in _events(tmp_path / "straight") if event.get("removed")}
+    removed = {event["epoch"] for event in events_of(tmp_path / "straight") if event.get("removed")}
     assert len(removed) >= 2
     for calls in (3, 10, 17, 24, 31):
         folder = tmp_path / f"stopped{calls}"
         with pytest.raises(Killed):
-            run_recipe(recipe, folder, track=_stopping_after(calls))
+            run_recipe(recipe, folder, track=stopping_after(calls))
         run_recipe(recipe, folder, resume=True)
-        _same_but_for_timings(_lasting(folder), _lasting(tmp_path / "straight"), calls)
+        _same_but_for_timings(lasting(folder), lasting(tmp_path / "straight"), calls)
 
 
 def test_what_a_dynamic_run_removes_cannot_be_changed_underway(tiny: Path, tmp_path: Path) -> None:
     """After training only it could: there, the removal has not begun."""
     folder = tmp_path / "run"
     with pytest.raises(Killed):
-        run_recipe(dynamic(tiny), folder, track=_stopping_after(10))
+        run_recipe(dynamic(tiny), folder, track=stopping_after(10))
     for changed, named in (
         ("prune.target={flops: 0.5}", "prune.target.flops: 0.6, 0.5"),
         ("prune={target: {flops: 0.6}}", 'prune.mode: "dynamic", "after_training"'),
@@ -171,7 +175,7 @@ def test_a_dynamic_run_killed_at_ten_random_moments_ends_the_same_ten_times(tiny
         struck.append(process.wait() == -signal.SIGKILL)
         resumed = subprocess.run([*command, str(folder), "--resume"], capture_output=True, text=True)
         assert resumed.returncode == 0, resumed.stderr
-        _same_but_for_timings(_lasting(folder), _lasting(tmp_path / "straight"), number)
+        _same_but_for_timings(lasting(folder), lasting(tmp_path / "straight"), number)
     assert sum(struck) >= 5, struck
 
 
@@ -190,9 +194,9 @@ def test_when_everything_dies_removal_stops_and_the_model_stays_usable(
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert report["dynamics"]["stopped"] == "every neuron that the outputs depend on is dead"
     assert report["target"]["reached"] is False
-    stopped = [event for event in _events(tmp_path / "run") if event["event"] == "stopped"]
+    stopped = [event for event in events_of(tmp_path / "run") if event["event"] == "stopped"]
     assert len(stopped) == 1
-    after = [e for e in _events(tmp_path / "run") if e["event"] == "check" and e["epoch"] > stopped[0]["epoch"]]
+    after = [e for e in events_of(tmp_path / "run") if e["event"] == "check" and e["epoch"] > stopped[0]["epoch"]]
     assert sum(event["removed"] for event in after) == 0
     assert all(row["channels_after"] >= 1 for row in report["layers"] if row["channels_before"])
     assert load_pruned(tmp_path / "run")(torch.randn(2, 3, 16, 16)).shape == (2, 10)

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from runs import Killed, assert_same, lasting
 
-from dnr_plugin import load_pruned, run, sweep
+from dnr_plugin import run, sweep
 from dnr_plugin.cli import main
 from dnr_plugin.errors import InputError, RunError
 from dnr_plugin.recipe import load_recipe
@@ -24,30 +24,13 @@ SMALL = ["model.width=4", "train.epochs=1", "finetune.epochs=1", "prune.recalibr
 SHORT = ["model={name: mlp, hidden: [16, 16]}", "train.epochs=1", "finetune.epochs=1"]
 
 
-def _lasting(folder: Path) -> tuple[Any, Any, dict[str, torch.Tensor]]:
-    """Report and events without timings, and the weights."""
-    report = json.loads((folder / "report.json").read_text())
-    for timed in ("seconds", "latency"):
-        del report[timed]
-    events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
-    for event in events:
-        event.pop("seconds", None)
-    return report, events, load_pruned(folder).state_dict()
-
-
 def _assert_alone(folder: Path, tiny: Path, alone: Path, *overrides: str) -> None:
     """The run in the folder is the one that the recipe alone makes."""
     run_recipe(load_recipe(tiny, overrides), alone)
-    found, expected = _lasting(folder), _lasting(alone)
-    assert found[:2] == expected[:2]
-    assert all(torch.equal(found[2][name], expected[2][name]) for name in expected[2])
+    assert_same(lasting(folder), lasting(alone), 0)
     kept = ("recipe.yaml", "architecture.json")
     assert all((folder / name).read_text() == (alone / name).read_text() for name in kept)
     assert {path.name for path in folder.iterdir()} == {path.name for path in alone.iterdir()}
-
-
-class Killed(Exception):
-    pass
 
 
 def _killing(what: str, times: int) -> run.Track:
