@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+from dnr_plugin.recipe import load_recipe
+
 README = (ROOT / "README.md").read_text()
 COMMANDS = [
     line
@@ -25,17 +27,24 @@ SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 # What makes a long command short; later overrides win. Folders are replaced by the test's own.
 SMALL = [
     "model.width=4",
-    "data.train_size=200",
+    "data.train_size=300",
     "data.test_size=100",
     "train.epochs=1",
     "train.batch_size=50",
     "train.warmup_epochs=0",
-    "finetune.epochs=1",
-    "finetune.batch_size=50",
-    "prune.recalibrate=100",
     "prune.observe.samples=100",
     "prune.observe.min_samples=50",
 ]
+SMALL_BY_MODE = {
+    "after_training": ["finetune.epochs=1", "finetune.batch_size=50", "prune.recalibrate=100"],
+    "dynamic": ["prune.dynamics={patience: 0, warmup_epochs: 0, check_every: 0.5}"],
+    "watch": [],
+}
+
+
+def _small(recipe: str) -> list[str]:
+    mode = load_recipe(ROOT / recipe).prune.mode
+    return [part for override in SMALL + SMALL_BY_MODE[mode] for part in ("--set", override)]
 
 
 def test_the_readme_starts_with_the_two_commands() -> None:
@@ -63,18 +72,19 @@ def test_a_command_of_the_readme_runs(command: str, tmp_path: Path, request: pyt
     arguments = shlex.split(command, comments=True)[1:]
     if "data.root=data" in arguments:
         arguments[arguments.index("data.root=data")] = f"data.root={request.getfixturevalue('cifar10')}"
-    short = [part for override in SMALL for part in ("--set", override)]
     if arguments[0] in ("run", "sweep", "export"):
         while "--output" in arguments:
             place = arguments.index("--output")
             del arguments[place : place + 2]
         arguments += ["--output", str(tmp_path / "result")]
     if arguments[0] in ("run", "sweep", "plan"):
-        arguments += short
+        arguments += _small(arguments[1])
     if arguments[0] in ("report", "export", "compare"):
         if "onnx" in arguments:
             pytest.importorskip("onnxscript")
-        made = _dnr(["run", "recipes/quickstart.yaml", "--output", str(tmp_path / "run"), *short])
+        made = _dnr(
+            ["run", "recipes/quickstart.yaml", "--output", str(tmp_path / "run"), *_small("recipes/quickstart.yaml")]
+        )
         assert made.returncode == 0, made.stderr
         runs = [place for place, word in enumerate(arguments) if word.startswith("runs/")]
         for place in runs:
