@@ -112,13 +112,11 @@ def _not_begun(path: Path, *modes: str) -> tuple[str, ...]:
     if not path.is_file():
         return ()
     state = load_checkpoint_state(path)
-    if state["stage"] == "prune":
-        return "prune.", "finetune."
-    if state["stage"] == "train":
-        # the neurons are watched as prune.observe and prune.dynamics say, and in mode dynamic removed
-        removal = set(PruneOptions.model_fields) - {"mode", "observe", "dynamics"}
-        after = set(modes) == {"after_training"}
-        return (*(f"prune.{name}" for name in removal if after), "finetune.")
+    if state["stage"] in ("train", "prune"):
+        # while it trains, the neurons are watched as prune.observe and prune.dynamics say, and in mode dynamic removed
+        begun = {"mode", "dynamics"} | ({"observe"} if state["stage"] == "train" else set())
+        free = set(PruneOptions.model_fields) - begun if set(modes) == {"after_training"} else set()
+        return (*(f"prune.{name}" for name in free), "finetune.")
     return ("finetune.",) if state["epoch"] == 0 else ()
 
 
@@ -175,11 +173,12 @@ def timetable(recipe: Recipe, images: int) -> Timetable:
 def check_timetable(recipe: Recipe, images: int | None) -> None:
     """Refuses a run too short for its own checks, warm-up and patience; images None: unknown."""
     train, dynamics, mode = recipe.train, recipe.prune.dynamics, recipe.prune.mode
-    if mode == "after_training":
+    noise = train.pressure.noise
+    if mode == "after_training" and (noise is None or noise.neurons == "all"):
         return
-    if train.epochs == 0:
+    if train.epochs == 0 and mode != "after_training":
         raise InputError(f"train.epochs: expected at least 1 with prune.mode {mode}, found 0")
-    if images is None or images < train.batch_size:
+    if images is None or images < train.batch_size or train.epochs == 0:
         return
     found = []
     times = timetable(recipe, images)
@@ -204,10 +203,10 @@ def _too_short(recipe: Recipe, times: Timetable) -> list[str]:
     """What does not fit into the epochs in which neurons may be removed."""
     dynamics = recipe.prune.dynamics
     end = dynamics.until * recipe.train.epochs
-    if max(times.remove_at, default=0) > times.until:
+    if times.remove_at and times.last * times.check_every > times.until:
         return [
-            f"prune.dynamics.remove_at: expected epochs up to {end:g}, which is until ({dynamics.until:g}) of "
-            f"train.epochs ({recipe.train.epochs}), found {max(dynamics.remove_at or []):g}"
+            f"prune.dynamics.remove_at: expected epochs with a check up to epoch {end:g}, which is until "
+            f"({dynamics.until:g}) of train.epochs ({recipe.train.epochs}), found {max(dynamics.remove_at or []):g}"
         ]
     if dynamics.remove_at:
         end = max(dynamics.remove_at)

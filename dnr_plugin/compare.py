@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from . import page, plots
+from .checks import check_writable
 from .errors import InputError
 from .files import atomic_write
 from .recipe import leaves
@@ -287,11 +288,7 @@ def check_output(folder: Path) -> None:
     Raises:
         InputError: it is a file, cannot be written to, or holds other things.
     """
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"--output: expected a folder, found the file {folder}")
-    parent = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise InputError(f"--output: expected a folder that can be written to, found {folder}, where {parent} cannot")
+    check_writable(folder)
     if folder.is_dir():
         ours = {folder / name for name in (*_FILES, "plots")}
         other = [path for path in folder.iterdir() if path not in ours]

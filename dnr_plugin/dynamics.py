@@ -14,15 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from .errors import TargetError
-from .graph import kept_modes, output_layers, uses
+from .graph import inexact_reason, kept_modes, output_layers, uses
 from .history import NeuronHistory
 from .importance import DyingNeuronImportance
 from .inputs import call, one_sample, tensors
 from .layers import Layer, Limits, prunable_layers
+from .live import live_factors
 from .neurons import histograms, judge
 from .observe import Observer, input_channels
 from .planning import KEPT_TARGETS, SCOPES, TARGETS, Baseline, baseline, plan_removal
-from .removal import output_difference, prune_neurons
+from .removal import output_difference, prune_neurons, renumbered
 from .zeroing import SoftZeros
 
 Ramp = Literal["linear", "cubic", "at_once"]
@@ -97,8 +98,9 @@ class Check:
         step: training steps done.
         layers: every layer that was judged.
         removed: root layer -> neurons that were removed, by their numbers before.
-        max_abs_diff: largest change of the outputs for ``example_inputs`` by removing zeroed candidates; None where
-            none were removed.
+        exact: how many of these were zero where they are used, as zeroed candidates or by themselves.
+        max_abs_diff: largest change of the outputs for ``example_inputs``, in eval mode, by removing the exact ones; 0
+            where there were none.
         seconds: that the check took.
     """
 
@@ -106,7 +108,8 @@ class Check:
     step: int
     layers: Sequence[LayerCheck]
     removed: Mapping[str, Sequence[int]]
-    max_abs_diff: float | None
+    exact: int
+    max_abs_diff: float
     seconds: float
 
 
@@ -143,11 +146,13 @@ class DyingNeuronDynamics:
         optimizer: taken along when neurons are removed.
         kind: a target of `planning.TARGETS` but latency; None to watch and remove nothing.
         value: share kept ("flops", "params") or removed ("neuron_sparsity", "weight_sparsity") at the end.
-        patience: checks that a candidate waits, >= 0; 0 removes it at once.
+        patience: checks that a candidate waits, >= 0; 0 removes it at once. At the last check those of a target go even
+            if they have not waited as long, longest first; those that are merely dead stay.
         zero: whether candidates are zeroed while they wait.
         ramp: how the target is approached from check to check; see the recipes' ``prune.dynamics.ramp``.
         margin: a candidate that was alive is restored once it would stay if ``margin`` times as much were to go, >= 1.
-        max_share: largest share in (0, 1] of a layer that becomes candidates at one check; at least one neuron.
+        max_share: largest share in (0, 1] of a layer that becomes candidates at one check, at least one neuron; not at
+            the last, where the target is met whatever it takes.
         dying_entropy: a neuron whose activation histogram has at most this entropy in bits, and less than at the
             check before, is dying and goes as the dead ones do; None: only dead ones.
         min_samples: samples per layer that a check needs; it is put off until so many were read.
@@ -210,10 +215,10 @@ class DyingNeuronDynamics:
         ):
             if not fits:
                 raise ValueError(f"{name}: expected {expected}, found {found!r}")
-        if kind is not None and (when.last - when.first < patience or max(when.remove_at, default=0) > when.until):
+        if kind is not None and (when.last - when.first < patience or when.last * every > when.until):
             raise ValueError(
                 f"when: expected the first candidates (check {when.first}) to have {patience} checks of patience "
-                f"before the last removal (check {when.last}), and removals before until, found {when}"
+                f"before the last removal (check {when.last}), and that one to come by until, found {when}"
             )
         self.model, self.example, self.optimizer = model, one_sample(example_inputs), optimizer
         self.kind, self.value, self.patience, self.zero = kind, value, patience, zero
@@ -227,7 +232,9 @@ class DyingNeuronDynamics:
         self._outputs = output_layers(model, self.example)
         self._zeros = SoftZeros()
         self._observer: Observer | None = None
-        self._live: dict[Tensor, Tensor] = {}
+        self._dead_in: dict[str, Layer] = {}
+        self._live: dict[Tensor, Tensor] | None = None
+        self._due = (-1, False)
         self._inside = False
         self._read: Mapping[str, Any] | None = None
         self._step, self._next, self._number = 0, every, 0
@@ -257,7 +264,7 @@ class DyingNeuronDynamics:
         """Ends watching; candidates that still wait are zeroed no longer."""
         self._inside = False
         self._zeros.clear()
-        self._live = {}
+        self._dead_in, self._live = {}, None
         if self._observer is not None:
             self._observer.release()
             self._observer = None
@@ -267,10 +274,13 @@ class DyingNeuronDynamics:
         """Whether the next call of `step` will judge the neurons."""
         if self._observer is None or self._step + 1 < self._next:
             return False
+        if self._due[0] == self._step:
+            return self._due[1]
         samples = torch.tensor(self._observer.samples, device=next(self.model.parameters()).device)
         if _ranks() > 1:  # the same answer everywhere, also where last batches differ
             torch.distributed.all_reduce(samples)
-        return int(samples) >= self.min_samples
+        self._due = (self._step, int(samples) >= self.min_samples)
+        return self._due[1]
 
     def step(self) -> Check | None:
         """Counts a training step, to be called after the optimizer's; judges the neurons when it is time.
@@ -295,6 +305,8 @@ class DyingNeuronDynamics:
 
         None where it makes no dead neuron. For `pressure.add_noise`.
         """
+        if self._live is None:
+            self._live = live_factors({name: self.histories[name].dead for name in self._dead_in}, self._dead_in)
         return self._live.get(parameter)
 
     def _watch(self) -> None:
@@ -312,13 +324,16 @@ class DyingNeuronDynamics:
         self._zeros.clear()
         layers, self.skipped, _ = prunable_layers(self.model, self.example, self.limits, self.dense.sizes)
         changed: dict[str, tuple[Tensor, Tensor]] = {}
+        zero: dict[str, Tensor] = {}
         for layer in layers:
             evidence = self.importance.evidence(layer.group)
             if not evidence:
                 self.skipped.append((layer.name, self.importance.skipped[layer.name]))
                 continue
             history = self.histories.setdefault(layer.name, NeuronHistory(layer.size, self.importance.bins))
-            changed[layer.name] = history.update(judge(evidence, layer.size).dead, histograms(evidence, layer.size))
+            verdict = judge(evidence, layer.size)
+            zero[layer.name] = verdict.zero
+            changed[layer.name] = history.update(verdict.dead, histograms(evidence, layer.size))
         judged = [layer for layer in layers if layer.name in changed]
         waiting = {layer.name: int(self.histories[layer.name].candidates.sum()) for layer in judged}
         nominated = self._move(judged)
@@ -340,19 +355,20 @@ class DyingNeuronDynamics:
                     drift=float(history.drift.mean()) if history.checks > 1 else None,
                 )
             )
-        removed, difference = self._remove(judged)
+        removed, exact, difference = self._remove(judged, zero)
         self._number = self._step // self.when.check_every
         self._next = (self._number + 1) * self.when.check_every
         for k, row in enumerate(rows):
             gone, left = len(removed.get(row.layer, ())), int(self.histories[row.layer].candidates.sum())
             restored = waiting[row.layer] + row.nominated - gone - left
             rows[k] = dataclasses.replace(row, candidates=left, restored=restored, removed=gone)
-        return Check(self.checks, self._step, rows, removed, difference, time.perf_counter() - start)
+        return Check(self.checks, self._step, rows, removed, exact, difference, time.perf_counter() - start)
 
     def _judge(self) -> None:
         """Hands what was read over to the criterion, the sum of all ranks."""
         assert self._observer is not None
         observer, self._observer = self._observer, None
+        observer.release()
         if _ranks() > 1:  # before anything can fail on one rank and leave the others waiting
             observer.all_reduce()
         observer.__exit__(None, None, None)
@@ -371,7 +387,7 @@ class DyingNeuronDynamics:
             self.stopped = "every neuron that the outputs depend on is dead"
             self._finish()
             return nominated
-        self._restore(layers, number)
+        woken = self._restore(layers, number)
         dying = self._dying(layers)
         first = {layer.name: self.histories[layer.name].candidates | dying[layer.name] for layer in layers}
         wanted = self._planned(self._removed_share(number), first)
@@ -384,23 +400,27 @@ class DyingNeuronDynamics:
             waiting = history.candidates
             history.waiting[waiting & ~called] = -1  # more waited than the target needs
             history.waiting[waiting & called] += 1
-            fresh = self._capped(layer, called & ~waiting, final=number >= self.when.last)
+            final = number >= self.when.last
+            fresh = called & ~waiting if final else self._capped(layer, called & ~waiting & ~woken[layer.name])
             history.waiting[fresh] = 0
             history.nominated_dead[fresh] = history.dead[fresh]
             nominated[layer.name] = int(fresh.sum())
         return nominated
 
-    def _restore(self, layers: Sequence[Layer], number: int) -> None:
-        """Gives back candidates that fire again, or that clearly outrank what the target calls for."""
-        if not any(bool(self.histories[layer.name].candidates.any()) for layer in layers):
-            return
-        # without a margin, neurons about the threshold would come and go at every check
-        far = self._planned(min(1.0, self.margin * self._removed_share(number)), self._dying(layers))
+    def _restore(self, layers: Sequence[Layer], number: int) -> dict[str, Tensor]:
+        """Gives back candidates that fire again, which it returns, and those that clearly outrank what has to go."""
+        woken = {}
         for layer in layers:
-            history, low = self.histories[layer.name], torch.zeros(layer.size, dtype=torch.bool)
-            low[list(far.get(layer.name, ()))] = True
-            back = ~low | layer.touched(history.nominated_dead & ~history.dead)
-            history.waiting[history.candidates & back] = -1
+            history = self.histories[layer.name]
+            woken[layer.name] = layer.touched(history.candidates & history.nominated_dead & ~history.dead)
+        if any(bool(self.histories[layer.name].candidates.any()) for layer in layers):
+            # without a margin, neurons about the threshold would come and go at every check
+            far = self._planned(min(1.0, self.margin * self._removed_share(number)), self._dying(layers))
+            for layer in layers:
+                history, low = self.histories[layer.name], torch.zeros(layer.size, dtype=torch.bool)
+                low[list(far.get(layer.name, ()))] = True
+                history.waiting[history.candidates & (~low | woken[layer.name])] = -1
+        return woken
 
     def _finish(self) -> None:
         """Ends removal: no neuron is a candidate any more."""
@@ -444,10 +464,9 @@ class DyingNeuronDynamics:
         t = min(1.0, (number - self.when.first + 1) / (self.when.last - self.patience - self.when.first + 1))
         return whole * {"linear": t, "cubic": 1.0 - (1.0 - t) ** 3, "at_once": 1.0}[self.ramp]
 
-    def _capped(self, layer: Layer, fresh: Tensor, final: bool) -> Tensor:
+    def _capped(self, layer: Layer, fresh: Tensor) -> Tensor:
         """Of neurons about to become candidates as many as the cap allows, the lowest in score."""
-        most = max(1, int(self.max_share * layer.size // layer.blocks))
-        return fresh if final else self._lowest(layer, fresh, most)
+        return self._lowest(layer, fresh, max(1, int(self.max_share * layer.size // layer.blocks)))
 
     def _lowest(self, layer: Layer, marked: Tensor, most: int) -> Tensor:
         """Of marked whole offsets the ``most`` lowest in score."""
@@ -459,68 +478,92 @@ class DyingNeuronDynamics:
         taken[layer.neurons(offsets[order[:most]].tolist())] = True
         return taken
 
-    def _remove(self, layers: Sequence[Layer]) -> tuple[dict[str, list[int]], float | None]:
-        """Removes the candidates whose time has come; returns them, and the change of the outputs if they were zero."""
+    def _remove(self, layers: Sequence[Layer], zero: Mapping[str, Tensor]) -> tuple[dict[str, list[int]], int, float]:
+        """Removes the candidates whose time has come.
+
+        Args:
+            layers: that were judged.
+            zero: their neurons that were zero on all samples of this check.
+
+        Returns:
+            What was removed, how many of these were zero where they are used, and the change of the outputs by them.
+        """
+        gone = self._expired(layers)
+        exact = {}
+        for layer in layers:
+            sure = self._zeroed(self.histories[layer.name], since=1)
+            if inexact_reason(layer.group) is None:
+                sure = sure | zero[layer.name]
+            exact[layer.name] = [n for n in gone.get(layer.name, []) if sure[n]]
+        count, difference = sum(map(len, exact.values())), 0.0
+        if count:
+            before = self._outputs_as_trained(layers)
+            self._prune(exact, fold=False)
+            difference = output_difference(before, self._outputs_as_trained(self._layers()))[0]
+        rest = {name: renumbered(neurons, exact[name]) for name, neurons in gone.items()}
+        if any(rest.values()):  # what was in use until now leaves its mean behind
+            self._prune(rest, fold=self.fold)
+        if self._step // self.when.check_every >= self.when.last:
+            self._finish()
+        self._install(self._layers() if gone else layers)
+        return gone, count, difference
+
+    def _expired(self, layers: Sequence[Layer]) -> dict[str, list[int]]:
+        """The candidates that have waited long enough, in portions that may go."""
         number = self._step // self.when.check_every
         allowed = not self._removing or any(self._number < due <= number for due in self._removing)
-        gone: dict[str, list[int]] = {}
-        final = number >= self.when.last
-        if allowed and not self.finished:
-            for layer in layers:
-                history = self.histories[layer.name]
-                # a target is met at the last check whoever waits; death is a verdict that takes patience even then
-                hurried = final and self.kind != "dead"
-                due = history.candidates if hurried else history.waiting >= self.patience
-                whole = [n for n in itertools.accumulate(layer.portions) if n <= int(due.sum()) // layer.blocks]
-                if whole:
-                    gone[layer.name] = self._lowest(layer, due, whole[-1]).nonzero().flatten().tolist()
-        if not gone:
-            if final:
-                self._finish()
-            self._install(layers)
-            return gone, None
-        before = self._zeroed_outputs(layers)
-        self._zeros.clear()
-        zeroed = self.zero and self.patience > 0  # nothing is left to fold then
-        prune_neurons(
-            self.model, self.example, gone, optimizer=self.optimizer,
-            importance=self.importance, fold=self.fold and not zeroed,
-        )  # fmt: skip
+        if self.finished or not allowed:
+            return {}
+        # a target is met at the last check whoever waits; death is a verdict that takes patience even then
+        hurried = number >= self.when.last and self.kind != "dead"
+        gone = {}
         for layer in layers:
-            left = torch.ones(layer.size, dtype=torch.bool)
-            left[gone.get(layer.name, [])] = False
-            self.histories[layer.name].keep(left.nonzero().flatten())
-        if final:
-            self._finish()
-        after = self._zeroed_outputs(self._layers())
-        return gone, output_difference(before, after)[0] if zeroed else None
+            history = self.histories[layer.name]
+            due = history.candidates if hurried else history.waiting >= self.patience
+            whole = [n for n in itertools.accumulate(layer.portions) if n <= int(due.sum()) // layer.blocks]
+            if whole:
+                gone[layer.name] = self._lowest(layer, due, whole[-1]).nonzero().flatten().tolist()
+        return gone
 
-    def _zeroed_outputs(self, layers: Sequence[Layer]) -> list[Tensor]:
-        """What the network makes of the example, in eval mode; the present candidates are zeroed from here on."""
-        self._install(layers)
+    def _prune(self, removals: Mapping[str, Sequence[int]], fold: bool) -> None:
+        self._zeros.clear()
+        prune_neurons(
+            self.model, self.example, removals, importance=self.importance, fold=fold, optimizer=self.optimizer
+        )
+        for name, neurons in removals.items():
+            left = torch.ones(len(self.histories[name].waiting), dtype=torch.bool)
+            left[list(neurons)] = False
+            self.histories[name].keep(left.nonzero().flatten())
+
+    def _zeroed(self, history: NeuronHistory, since: int = 0) -> Tensor:
+        """Candidates that are zero where they are used, and have been for so many checks."""
+        return history.waiting >= since if self.zero else torch.zeros_like(history.dead)
+
+    def _outputs_as_trained(self, layers: Sequence[Layer]) -> list[Tensor]:
+        """What the network makes of the example, in eval mode, with zeroed what was zero in the steps before."""
+        self._install(layers, since=1)
         with kept_modes(self.model), torch.no_grad():
             self.model.eval()
             return [out.clone() for out in tensors(call(self.model, self.example))]
 
-    def _install(self, layers: Sequence[Layer]) -> None:
-        """Zeroes the candidates, and notes which parameters make dead neurons."""
+    def _install(self, layers: Sequence[Layer], since: int = 0) -> None:
+        """Zeroes the candidates, and notes where dead neurons are."""
         zeros: dict[nn.Module, Tensor] = {}
-        self._live = {}
-        for layer in layers:
-            history = self.histories.get(layer.name)
-            if history is None:
-                continue
-            for use in uses(layer.group) if self.zero and history.candidates.any() else ():
+        known = {layer.name: layer for layer in layers if layer.name in self.histories}
+        for name, layer in known.items():
+            zeroed = self._zeroed(self.histories[name], since)
+            for use in uses(layer.group) if zeroed.any() else ():
                 gone = zeros.setdefault(use.module, torch.zeros(input_channels(use.module), dtype=torch.bool))
-                gone[use.channels] |= history.candidates[use.neurons]
-            if history.dead.any():
-                for parameter, factor in _live_factors(layer, history.dead).items():
-                    known = self._live.get(parameter)  # of another layer, as for a BatchNorm behind a concatenation
-                    self._live[parameter] = factor if known is None else known * factor
+                gone[use.channels] |= zeroed[use.neurons]
         self._zeros.set(zeros)
+        self._dead_in = {name: layer for name, layer in known.items() if self.histories[name].dead.any()}
+        self._live = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that a continued training needs besides model and optimizer: tensors and plain values."""
+        """Everything that a continued training needs besides model and optimizer: tensors and plain values.
+
+        Of several ranks each has its own.
+        """
         return {
             "step": self._step,
             "next": self._next,
@@ -528,6 +571,7 @@ class DyingNeuronDynamics:
             "checks": self.checks,
             "finished": self.finished,
             "stopped": self.stopped,
+            "skipped": [list(skipped) for skipped in self.skipped],
             "histories": {name: history.state_dict() for name, history in self.histories.items()},
             "read": None if self._observer is None else self._observer.state_dict(),
         }
@@ -536,30 +580,9 @@ class DyingNeuronDynamics:
         """Goes on from what `state_dict` returned; before the context is entered, on a model of the same widths."""
         self._step, self._next, self._number = state["step"], state["next"], state["number"]
         self.checks, self.finished, self.stopped = state["checks"], state["finished"], state["stopped"]
+        self.skipped = [(layer, reason) for layer, reason in state["skipped"]]
         self.histories = {name: NeuronHistory.from_state_dict(past) for name, past in state["histories"].items()}
         self._read = state["read"]
-
-
-def _live_factors(layer: Layer, dead: Tensor) -> dict[Tensor, Tensor]:
-    """Parameter -> 0 for each part of it that makes a dead neuron, 1 elsewhere; broadcasts to the parameter."""
-    graph = layer.group._DG
-    found: dict[Tensor, Tensor] = {}
-    for item in layer.group.items:
-        module = item.dep.target.module
-        if not isinstance(module, nn.Module) or not graph.is_out_channel_pruning_fn(item.dep.handler):
-            continue
-        out = torch.tensor(item.idxs)[dead[torch.tensor(item.root_idxs)]]
-        # what attention hands on is made by its last layer
-        maker = module.out_proj if isinstance(module, nn.MultiheadAttention) else module
-        for parameter in maker.parameters(recurse=False):
-            transposed = isinstance(module, nn.modules.conv._ConvNd) and module.transposed and parameter.dim() > 1
-            if parameter.shape[int(transposed)] == 1:  # shared by all channels, as in PReLU
-                continue
-            shape = [1] * parameter.dim()
-            shape[int(transposed)] = parameter.shape[int(transposed)]
-            factor = torch.ones(shape, dtype=parameter.dtype, device=parameter.device)
-            found[parameter] = factor.index_fill_(int(transposed), out.to(parameter.device), 0.0)
-    return found
 
 
 def _ranks() -> int:

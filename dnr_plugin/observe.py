@@ -208,9 +208,13 @@ class Observer:
         return min(seen.values(), default=0)
 
     def all_reduce(self) -> None:
-        """Adds up, inside the context, what the ranks of the default process group have read there."""
-        for activity in self._by_device.values():
+        """Adds up what the ranks of the default process group have read; before the context is left."""
+        for name, module in self.modules.items():  # each rank may have called other layers
+            device = next(module.parameters()).device
+            activity = self._by_device.get((name, device)) or self._empty(module, device)
             activity.all_reduce()
+            if activity.samples:
+                self._by_device[name, device] = activity
 
     def state_dict(self) -> dict[str, Any]:
         """Everything read so far, as tensors and plain numbers; on the CPU."""
@@ -227,13 +231,13 @@ class Observer:
         self.reset()
         for name, values in state.items():
             module = self.modules[name]
-            parameter = next(module.parameters())
-            activity = Activity(
-                input_channels(module), threshold=self.threshold, share=self.share, bins=self.bins,
-                device=parameter.device,
-            )  # fmt: skip
-            activity.load_state_dict(values)
-            self._by_device[name, parameter.device] = activity
+            device = next(module.parameters()).device
+            self._by_device[name, device] = self._empty(module, device)
+            self._by_device[name, device].load_state_dict(values)
+
+    def _empty(self, module: nn.Module, device: torch.device) -> Activity:
+        channels = input_channels(module)
+        return Activity(channels, threshold=self.threshold, share=self.share, bins=self.bins, device=device)
 
     def _read(self, name: str, module: nn.Module, a: Tensor) -> None:
         if self._paused or _being_traced(module) or _in_backward() or a.numel() == 0:

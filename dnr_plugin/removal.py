@@ -77,6 +77,12 @@ def prune_neurons(
     return folded
 
 
+def renumbered(neurons: Iterable[int], gone: Iterable[int]) -> list[int]:
+    """Numbers that neurons have once others of their layer are gone."""
+    removed = sorted(gone)
+    return [n - sum(g < n for g in removed) for n in neurons if n not in removed]
+
+
 def _is_channels_last(value: Tensor) -> bool:
     return value.dim() == 4 and not value.is_contiguous() and value.is_contiguous(memory_format=torch.channels_last)
 

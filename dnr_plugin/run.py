@@ -43,13 +43,14 @@ from .models import build_model
 from .outcome import outcome
 from .planning import KEPT_TARGETS, Baseline, Plan, baseline, measure, plan_removal, reached
 from .recipe import write_recipe
-from .removal import output_difference, prune_neurons
+from .removal import output_difference, prune_neurons, renumbered
 from .schema import Recipe, TargetOptions
 from .train import Progress, Trainer, evaluate
 
 Track = Callable[[Iterable[Any], int, str], Iterable[Any]]
 
 _BATCH = 250  # images per step where nothing is learned: observing, recalibrating
+_SUMS = ("checks", "dead", "neurons", "died", "reactivated", "restored", "removed", "exact", "max_abs_diff")
 _TIMED = 8  # images per forward pass where latency is measured
 
 
@@ -202,6 +203,8 @@ class _Run:
                 dynamics.load_state_dict(state["dynamics"])
             _set_random_state(state)
         trainer.dynamics = dynamics
+        if dynamics is not None:
+            self.results.setdefault("dynamics", dict.fromkeys(_SUMS, 0))
         with dynamics or contextlib.nullcontext():
             for number in range(self.epoch, options.epochs):
                 start = time.perf_counter()
@@ -220,6 +223,8 @@ class _Run:
                     check_seconds=sum(check.seconds for check in done.checks),
                 )  # fmt: skip
                 self.save(trainer)
+            if dynamics is not None and not dynamics.checks:
+                self.results["dynamics"]["stopped"] = "no check saw min_samples images at every layer"
             if dynamics is not None and self.recipe.prune.mode != "after_training":
                 self.results["removal"] = self.removed_while_training(dynamics)
 
@@ -242,19 +247,15 @@ class _Run:
         for row in check.layers:
             values = dataclasses.asdict(row)
             self.log(event="check", stage="train", check=check.number, epoch=epoch, step=check.step, **values)
-        sums = self.results.setdefault(
-            "dynamics",
-            {"checks": 0, "died": 0, "reactivated": 0, "restored": 0, "removed": 0, "zeroed": 0, "max_abs_diff": 0.0},
-        )
+        sums = self.results["dynamics"]
         sums["checks"] = check.number
         for what in ("died", "reactivated", "restored", "removed"):
             sums[what] += sum(getattr(row, what) for row in check.layers)
         sums["dead"], sums["neurons"] = (
             sum(getattr(row, what) for row in check.layers) for what in ("dead", "neurons")
         )
-        if check.max_abs_diff is not None:
-            sums["zeroed"] += sum(map(len, check.removed.values()))
-            sums["max_abs_diff"] = max(sums["max_abs_diff"], check.max_abs_diff)
+        sums["exact"] += check.exact
+        sums["max_abs_diff"] = max(sums["max_abs_diff"], check.max_abs_diff)
         if check.removed:
             self.architecture = json.dumps(checkpoint.describe(self.model))
 
@@ -270,7 +271,7 @@ class _Run:
             "dead": sums["dead"],
             "neurons": sums["neurons"],
             "skipped": dynamics.skipped,
-            "exact_neurons": sums["zeroed"],
+            "exact_neurons": sums["exact"],
             "max_abs_diff": sums["max_abs_diff"],
             "achieved": achieved,
             "reached": met,
@@ -340,7 +341,7 @@ class _Run:
             prune_neurons(self.model, self.example, exact, importance=importance)
             done["exact_neurons"] += sum(map(len, exact.values()))
             done["max_abs_diff"] = max(done["max_abs_diff"], output_difference(before, self.outputs(probe))[0])
-        rest = {name: _renumbered(gone, exact.get(name, [])) for name, gone in plan.removals.items()}
+        rest = {name: renumbered(gone, exact.get(name, [])) for name, gone in plan.removals.items()}
         prune_neurons(self.model, self.example, rest, importance=importance, fold=self.recipe.prune.fold)
         recalibrate = self.recipe.prune.recalibrate
         if recalibrate:
@@ -458,12 +459,6 @@ def _given(target: TargetOptions | None) -> TargetOptions:
     """The target, which every mode but watch has (`PruneOptions`)."""
     assert target is not None
     return target
-
-
-def _renumbered(neurons: Iterable[int], gone: Iterable[int]) -> list[int]:
-    """Numbers that neurons have once others of their layer are gone."""
-    removed = sorted(gone)
-    return [n - sum(g < n for g in removed) for n in neurons if n not in removed]
 
 
 def step_value(kind: str, value: float, step: int, steps: int) -> float:

@@ -195,7 +195,9 @@ class TargetOptions(Section):
 
 class ObserveOptions(Section):
     samples: int = Field(
-        default=2048, ge=1, description="training images, not augmented, on which activations are read"
+        default=2048,
+        ge=1,
+        description="training images on which activations are read; after training not augmented",
     )
     min_samples: int = Field(default=1536, ge=1, description="a neuron is judged dead on no fewer images than this")
     share: float = Field(
@@ -217,7 +219,10 @@ class DynamicsOptions(Section):
     check_every: float = Field(default=1.0, gt=0.0, description="epochs from one check of the neurons to the next")
     warmup_epochs: float = Field(default=1.0, ge=0.0, description="no neuron becomes a candidate before this epoch")
     patience: int = Field(
-        default=2, ge=0, description="checks that a candidate stays, zeroed but trained, before it is removed; 0: none"
+        default=2,
+        ge=0,
+        description="checks that a candidate stays, zeroed but trained, before it is removed; 0: none; at the "
+        "last check all go that a target needs",
     )
     zero: bool = Field(
         default=True, description="zero the candidates; false: let them work on until they are removed or restored"
@@ -245,7 +250,10 @@ class DynamicsOptions(Section):
         description="remove only at the first check from each of these epochs on; by default at every check",
     )
     max_share: float = Field(
-        default=0.25, gt=0.0, le=1.0, description="largest share of a layer that becomes candidates at one check"
+        default=0.25,
+        gt=0.0,
+        le=1.0,
+        description="largest share of a layer that becomes candidates at one check but the last",
     )
     dying_entropy: float | None = Field(
         default=None,
@@ -314,7 +322,7 @@ class PruneOptions(Section):
         unused = {
             "after_training": [],
             "dynamic": ["steps", "recalibrate"],
-            "watch": ["steps", "recalibrate", "fold", "scope", "round_to", "max_pruning_ratio", "ignored"],
+            "watch": ["steps", "recalibrate", "fold", "score", "scope", "round_to", "max_pruning_ratio", "ignored"],
         }[self.mode]
         for name in unused:
             value = getattr(self, name)

@@ -16,6 +16,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from .checks import check_folder, check_ranks, check_recipe, check_writable
+from .compare import check_output, compare_runs, write_comparison
 from .environment import pick_device
 from .errors import InputError, RunError, TargetError
 from .files import atomic_write
@@ -129,6 +130,7 @@ def run_sweep(
     folder = output if output is not None else Path("sweeps") / combinations[0].recipe.name
     runs = _placed(combinations, _earlier(folder, resume), folder)
     _check(runs, folder, path, overrides, track)
+    check_output(folder / "compare")
     folder.mkdir(parents=True, exist_ok=True)
     _write_index(runs, folder)
     outcome = Outcome(folder)
@@ -147,7 +149,7 @@ def run_sweep(
         except (InputError, RunError) as error:
             outcome.failed[run.folder] = "; ".join(str(error).splitlines())
     if outcome.reports:
-        _compare([folder / name for name in outcome.reports], folder / "compare")
+        write_comparison(folder / "compare", compare_runs([folder / name for name in outcome.reports]))
     return outcome
 
 
@@ -345,10 +347,3 @@ def _begin(recipe: Recipe, folder: Path, dense: Path) -> None:
     with (dense / "checkpoint.pt").open("rb") as source, atomic_write(folder / "checkpoint.pt", "wb") as file:
         shutil.copyfileobj(source, file)
     write_recipe(recipe, folder / "recipe.yaml")  # last: with it the folder is that of a run
-
-
-def _compare(folders: Sequence[Path], output: Path) -> None:
-    """Writes one table and the plots over the finished runs."""
-    from .compare import compare_runs, write_comparison
-
-    write_comparison(output, compare_runs(folders))

@@ -54,7 +54,12 @@ def test_a_timetable_in_steps(tiny: Path) -> None:
         ),
         (
             ["prune.dynamics={remove_at: [2, 6.5]}"],
-            "remove_at: expected epochs up to 6, which is until (0.6) of train.epochs (10), found 6.5",
+            "remove_at: expected epochs with a check up to epoch 6, which is until (0.6) of train.epochs (10), "
+            "found 6.5",
+        ),
+        (  # the check after epoch 5 comes with epoch 6, which is past the end
+            ["train.epochs=5", "prune.dynamics={remove_at: [5], check_every: 2, until: 1.0}"],
+            "remove_at: expected epochs with a check up to epoch 5, which is until (1) of train.epochs (5), found 5",
         ),
         (["prune.dynamics={check_every: 11}"], "check_every: expected at most 10, the epochs there are, found 11"),
     ],
@@ -151,3 +156,10 @@ def test_noise_on_live_neurons_is_for_training_alone(tiny: Path) -> None:
     assert caught.value.problems == (
         "finetune.pressure.noise.neurons: expected all, since only train checks which neurons are live, found live",
     )
+
+
+def test_noise_on_live_neurons_needs_checks_that_take_place(tiny: Path) -> None:
+    noise = "train.pressure.noise={std: 0.1, neurons: live}"
+    check_timetable(load_recipe(tiny, [noise]), 192)
+    with pytest.raises(InputError, match="prune.dynamics.check_every: expected at most 2"):
+        check_timetable(load_recipe(tiny, [noise, "prune.dynamics={check_every: 50}"]), 192)

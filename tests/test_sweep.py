@@ -290,7 +290,8 @@ def test_targets_missed_and_failures_decide_the_exit_code(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compared: list[list[str]] = []
-    monkeypatch.setattr(sweep, "_compare", lambda folders, output: compared.append([path.name for path in folders]))
+    monkeypatch.setattr(sweep, "compare_runs", lambda folders: [path.name for path in folders])
+    monkeypatch.setattr(sweep, "write_comparison", lambda folder, names: compared.append(names))
 
     def command(name: str, *reached: bool | None) -> tuple[int, str]:
         results = iter(reached)
