@@ -161,5 +161,5 @@ def test_noise_on_live_neurons_is_for_training_alone(tiny: Path) -> None:
 def test_noise_on_live_neurons_needs_checks_that_take_place(tiny: Path) -> None:
     noise = "train.pressure.noise={std: 0.1, neurons: live}"
     check_timetable(load_recipe(tiny, [noise]), 192)
-    with pytest.raises(InputError, match="prune.dynamics.check_every: expected at most 2"):
+    with pytest.raises(InputError, match=r"prune\.dynamics\.check_every: expected at most 2"):
         check_timetable(load_recipe(tiny, [noise, "prune.dynamics={check_every: 50}"]), 192)

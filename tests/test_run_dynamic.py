@@ -18,8 +18,8 @@ from runs import Killed, assert_same, events_of, lasting, stopping_after
 
 from dnr_plugin.checkpoint import load_pruned
 from dnr_plugin.errors import InputError
-from dnr_plugin.recipe import load_recipe
 from dnr_plugin.observe import Observer
+from dnr_plugin.recipe import load_recipe
 from dnr_plugin.run import plan_recipe, run_recipe, train_dense
 from dnr_plugin.schema import Recipe
 
@@ -158,7 +158,7 @@ def test_the_mode_of_a_run_cannot_be_changed_before_its_removal(tiny: Path, tmp_
     recipe = load_recipe(tiny, ["finetune.epochs=0"])
     train_dense(recipe, tmp_path / "run")
     watch = load_recipe(tiny, ["finetune.epochs=0", "prune={mode: watch, observe: {samples: 128, min_samples: 64}}"])
-    with pytest.raises(InputError, match='prune.mode: "after_training", "watch"'):
+    with pytest.raises(InputError, match=r'prune\.mode: "after_training", "watch"'):
         run_recipe(watch, tmp_path / "run", resume=True)
     changed = load_recipe(tiny, ["finetune.epochs=0", "prune.target={params: 0.5}"])
     assert run_recipe(changed, tmp_path / "run", resume=True)["target"]["kind"] == "params"
