@@ -121,7 +121,7 @@ def _parser() -> argparse.ArgumentParser:
     takes_saved(export)
 
     compare = command("compare", _compare, "show finished runs side by side, and what tells them apart")
-    compare.add_argument("folders", metavar="RUN", nargs="+", help="folder of a finished run")
+    compare.add_argument("folders", metavar="RUN", nargs="+", help="folder of a finished run, or of a sweep")
     compare.add_argument("--output", metavar="DIR", help="write tables and plots there; by default nothing is written")
 
     recipes = command("recipes", _recipes, "list the shipped recipes, print one, or explain every option")

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 # Options that change no result: two runs that differ in nothing else are runs of the same thing.
 _NAMES_ONLY = ("name", "description", "data.root", "data.download", "data.workers")
+SWEEP = "sweep.json"  # what lists the runs in the folder of a sweep
 _FILES = ("compare.json", "compare.md", "compare.html")
 
 
@@ -112,13 +113,14 @@ def compare_runs(folders: Sequence[str | os.PathLike[str]]) -> Comparison:
     """Reads finished runs and finds what tells them apart.
 
     Args:
-        folders: of finished runs.
+        folders: of finished runs, or of sweeps, which stand for their finished runs.
 
     Raises:
         InputError: one problem per folder that is not that of a finished run, or that is given twice.
     """
     problems: list[str] = []
     found: list[Run] = []
+    folders = [run for folder in folders for run in _runs_in(Path(folder))]
     places = [Path(folder).resolve() for folder in folders]
     for number, folder in enumerate(folders):
         try:
@@ -150,6 +152,18 @@ def _differing(runs: Sequence[Run]) -> list[str]:
         if not (implied and len(set(values[name]) - {None}) == 1):
             options.append(name)
     return options
+
+
+def _runs_in(folder: Path) -> list[Path]:
+    """The finished runs of a sweep; a folder that is none stands for itself."""
+    index = folder / SWEEP
+    if not index.is_file():
+        return [folder]
+    try:
+        places = [folder / str(run["folder"]) for run in json.loads(index.read_text(encoding="utf-8"))["runs"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{index}: expected the list of a sweep's runs, found damage: {error!r}"[:300]) from error
+    return [place for place in places if (place / "report.json").is_file()] or [folder]
 
 
 def _read(folder: Path, name: str) -> Run:

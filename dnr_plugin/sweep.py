@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from .checks import check_folder, check_ranks, check_recipe, check_writable
-from .compare import check_output, compare_runs, write_comparison
+from .compare import SWEEP, check_output, compare_runs, write_comparison
 from .environment import pick_device
 from .errors import InputError, RunError, TargetError
 from .files import atomic_write
@@ -25,7 +25,6 @@ from .run import Track, run_recipe, train_dense
 from .schema import Recipe
 
 MAX_RUNS = 1000
-_INDEX = "sweep.json"
 _MAX_NAME = 100
 
 
@@ -247,7 +246,7 @@ def _earlier(folder: Path, resume: bool) -> list[Planned]:
     check_writable(folder)
     if not folder.is_dir() or not any(folder.iterdir()):
         return []
-    index = folder / _INDEX
+    index = folder / SWEEP
     if not index.is_file():
         raise InputError(
             f"--output: expected an empty folder or that of a sweep, found {folder} with other files in it"
@@ -297,7 +296,7 @@ def _write_index(runs: Sequence[Planned], folder: Path) -> None:
         {"folder": run.folder, "dense": run.dense, "values": run.values, "recipe": run.recipe.model_dump(mode="json")}
         for run in runs
     ]
-    with atomic_write(folder / _INDEX) as file:
+    with atomic_write(folder / SWEEP) as file:
         json.dump({"runs": listed}, file, indent=1)
         file.write("\n")
 

@@ -13,6 +13,7 @@ from runs import Killed, assert_same, lasting
 
 from dnr_plugin import run, sweep
 from dnr_plugin.cli import main
+from dnr_plugin.compare import compare_runs
 from dnr_plugin.errors import InputError, RunError
 from dnr_plugin.recipe import load_recipe
 from dnr_plugin.run import run_recipe
@@ -66,6 +67,8 @@ def test_runs_that_share_their_training_end_as_they_would_alone(tiny: Path, tmp_
     assert said == [f"run {n} of 4: {folder / name}" for n, name in enumerate(names, 1)]
     assert shown.count("train epoch 1/1") == 2
     assert {path.name for path in folder.iterdir()} >= {*names, "dense-1", "dense-2", "sweep.json"}
+    compared = compare_runs([folder])  # a sweep stands for its runs
+    assert [run.folder for run in compared.runs] == [str(folder / name) for name in names]
     for name in (names[1], names[2]):
         seed, flops = re.findall(r"=([\d.]+)", name)
         _assert_alone(folder / name, tiny, tmp_path / name, *SMALL, f"seed={seed}", f"prune.target.flops={flops}")
