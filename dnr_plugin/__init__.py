@@ -5,8 +5,9 @@ what needs them.
 """
 
 from .batchnorm import recalibrate_batchnorm
+from .candidates import Timetable
 from .checkpoint import load_pruned, save_pruned
-from .dynamics import DyingNeuronDynamics, Timetable
+from .dynamics import DyingNeuronDynamics
 from .errors import InputError, TargetError
 from .importance import DyingNeuronImportance
 from .layers import Limits

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .candidates import Timetable
 from .checkpoint import load_checkpoint_state
 from .data import check_data, data_shape, train_size
-from .dynamics import Timetable
 from .errors import InputError, did_you_mean
 from .graph import kept_modes
 from .layers import Limits

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .candidates import Policy, Ramp, Timetable
 from .errors import TargetError
 from .graph import inexact_reason, kept_modes, output_layers, uses
 from .history import NeuronHistory
@@ -22,40 +22,9 @@ from .layers import Layer, Limits, prunable_layers
 from .live import live_factors
 from .neurons import histograms, judge
 from .observe import Observer, input_channels
-from .planning import KEPT_TARGETS, SCOPES, TARGETS, Baseline, baseline, plan_removal
+from .planning import KEPT_TARGETS, SCOPES, Baseline, baseline, plan_removal
 from .removal import output_difference, prune_neurons, renumbered
 from .zeroing import SoftZeros
-
-Ramp = Literal["linear", "cubic", "at_once"]
-
-
-@dataclass(frozen=True)
-class Timetable:
-    """When neurons are looked at and removed, in training steps.
-
-    Attributes:
-        check_every: steps from one check to the next, >= 1.
-        until: step at which removal ends: with the last check up to there, or the next one where that was put off.
-        watched: steps read before each check, in [1, check_every]; None for all.
-        warmup: step before which no neuron becomes a candidate.
-        remove_at: steps from which the first check removes; by default every check does.
-    """
-
-    check_every: int
-    until: int = 0
-    watched: int | None = None
-    warmup: int = 0
-    remove_at: tuple[int, ...] = ()
-
-    @property
-    def first(self) -> int:
-        """The first check that chooses candidates."""
-        return max(1, -(-self.warmup // self.check_every))
-
-    @property
-    def last(self) -> int:
-        """The last check that removes."""
-        return -(-max(self.remove_at) // self.check_every) if self.remove_at else self.until // self.check_every
 
 
 @dataclass(frozen=True)
@@ -146,8 +115,8 @@ class DyingNeuronDynamics:
         optimizer: taken along when neurons are removed.
         kind: a target of `planning.TARGETS` but latency; None to watch and remove nothing.
         value: share kept ("flops", "params") or removed ("neuron_sparsity", "weight_sparsity") at the end.
-        patience: checks that a candidate waits, >= 0; 0 removes it at once. At the last check those of a target go even
-            if they have not waited as long, longest first; those that are merely dead stay.
+        patience: checks that a candidate waits, >= 0; 0 removes it at once. At the last check all go that a target
+            needs, candidates before others; those that are merely dead stay.
         zero: whether candidates are zeroed while they wait.
         ramp: how the target is approached from check to check; see the recipes' ``prune.dynamics.ramp``.
         margin: a candidate that was alive is restored once it would stay if ``margin`` times as much were to go, >= 1.
@@ -196,35 +165,14 @@ class DyingNeuronDynamics:
         dense: Baseline | None = None,
         fold: bool = True,
     ) -> None:
-        targets = [target for target in TARGETS if target != "latency"]
-        if kind is not None and kind not in targets:
-            raise ValueError(f"kind: expected None or one of {', '.join(targets)}, found {kind!r}")
-        every = when.check_every
-        if every < 1 or not (when.watched is None or 1 <= when.watched <= every):
-            raise ValueError(f"when: expected 1 <= watched <= check_every, found {when}")
-        shares = kind not in (None, "dead")
-        for name, fits, expected, found in (
-            ("value", not shares or 0.0 < value < 1.0, "a number above 0 and below 1", value),
-            ("patience", patience >= 0, "at least 0", patience),
-            ("ramp", ramp in get_args(Ramp), f"one of {', '.join(get_args(Ramp))}", ramp),
-            ("margin", margin >= 1.0, "at least 1", margin),
-            ("max_share", 0.0 < max_share <= 1.0, "a number in (0, 1]", max_share),
-            ("dying_entropy", dying_entropy is None or dying_entropy > 0.0, "None or a number above 0", dying_entropy),
-            ("min_samples", min_samples >= 1, "at least 1", min_samples),
-            ("scope", scope in SCOPES, f"one of {', '.join(SCOPES)}", scope),
-        ):
-            if not fits:
-                raise ValueError(f"{name}: expected {expected}, found {found!r}")
-        if kind is not None and (when.last - when.first < patience or when.last * every > when.until):
-            raise ValueError(
-                f"when: expected the first candidates (check {when.first}) to have {patience} checks of patience "
-                f"before the last removal (check {when.last}), and that one to come by until, found {when}"
-            )
+        policy = Policy(when, kind, value, patience, ramp, margin, max_share, dying_entropy)
+        if min_samples < 1:
+            raise ValueError(f"min_samples: expected at least 1, found {min_samples}")
+        if scope not in SCOPES:
+            raise ValueError(f"scope: expected one of {', '.join(SCOPES)}, found {scope!r}")
         self.model, self.example, self.optimizer = model, one_sample(example_inputs), optimizer
-        self.kind, self.value, self.patience, self.zero = kind, value, patience, zero
-        self.ramp, self.margin = ramp, margin
-        self.when, self._removing = when, {-(-step // every) for step in when.remove_at}
-        self.max_share, self.dying_entropy, self.min_samples = max_share, dying_entropy, min_samples
+        self.when, self.policy, self.min_samples = when, policy, min_samples
+        self._zeroing = zero
         self.importance = importance or DyingNeuronImportance()
         self.scope, self.limits, self.fold = scope, limits, fold
         self.dense = dense or baseline(model, example_inputs)
@@ -237,7 +185,7 @@ class DyingNeuronDynamics:
         self._due = (-1, False)
         self._inside = False
         self._read: Mapping[str, Any] | None = None
-        self._step, self._next, self._number = 0, every, 0
+        self._step, self._next, self._number = 0, when.check_every, 0
         self.checks = 0
         self.histories: dict[str, NeuronHistory] = {}
         self.skipped: list[tuple[str, str]] = []
@@ -380,47 +328,16 @@ class DyingNeuronDynamics:
     def _move(self, layers: Sequence[Layer]) -> dict[str, int]:
         """Nominates and restores candidates; returns how many of each layer were nominated."""
         number = self._step // self.when.check_every
-        nominated: dict[str, int] = {}
         if self.finished or number < self.when.first:
-            return nominated
+            return {}
         if self._collapsed(layers):
             self.stopped = "every neuron that the outputs depend on is dead"
+            nominated = None
+        else:
+            nominated = self.policy.nominate(number, layers, self.histories, self._planned, self._score)
+        if nominated is None:
             self._finish()
-            return nominated
-        woken = self._restore(layers, number)
-        dying = self._dying(layers)
-        first = {layer.name: self.histories[layer.name].candidates | dying[layer.name] for layer in layers}
-        wanted = self._planned(self._removed_share(number), first)
-        if not wanted and number >= self.when.last - self.patience and self.kind != "dead":  # the target is met
-            self._finish()
-            return nominated
-        for layer in layers:
-            history, called = self.histories[layer.name], torch.zeros(layer.size, dtype=torch.bool)
-            called[list(wanted.get(layer.name, ()))] = True
-            waiting = history.candidates
-            history.waiting[waiting & ~called] = -1  # more waited than the target needs
-            history.waiting[waiting & called] += 1
-            final = number >= self.when.last
-            fresh = called & ~waiting if final else self._capped(layer, called & ~waiting & ~woken[layer.name])
-            history.waiting[fresh] = 0
-            history.nominated_dead[fresh] = history.dead[fresh]
-            nominated[layer.name] = int(fresh.sum())
-        return nominated
-
-    def _restore(self, layers: Sequence[Layer], number: int) -> dict[str, Tensor]:
-        """Gives back candidates that fire again, which it returns, and those that clearly outrank what has to go."""
-        woken = {}
-        for layer in layers:
-            history = self.histories[layer.name]
-            woken[layer.name] = layer.touched(history.candidates & history.nominated_dead & ~history.dead)
-        if any(bool(self.histories[layer.name].candidates.any()) for layer in layers):
-            # without a margin, neurons about the threshold would come and go at every check
-            far = self._planned(min(1.0, self.margin * self._removed_share(number)), self._dying(layers))
-            for layer in layers:
-                history, low = self.histories[layer.name], torch.zeros(layer.size, dtype=torch.bool)
-                low[list(far.get(layer.name, ()))] = True
-                history.waiting[history.candidates & (~low | woken[layer.name])] = -1
-        return woken
+        return nominated or {}
 
     def _finish(self) -> None:
         """Ends removal: no neuron is a candidate any more."""
@@ -436,47 +353,23 @@ class DyingNeuronDynamics:
             if any(use.module in self._outputs for use in uses(layer.group))
         )
 
-    def _dying(self, layers: Sequence[Layer]) -> dict[str, Tensor]:
-        """Neurons that go as the dead ones do: of low entropy, and falling unless they are candidates already."""
-        found = {}
-        for layer in layers:
-            history = self.histories[layer.name]
-            low = history.entropy <= (-1.0 if self.dying_entropy is None else self.dying_entropy)
-            found[layer.name] = low & (history.falling | history.candidates)
-        return found
-
     def _planned(self, removed: float, first: Mapping[str, Tensor]) -> Mapping[str, Sequence[int]]:
         """The neurons to take so that a share of what the target measures is gone, some of them before all others."""
-        assert self.kind is not None
-        value = 1.0 - removed if self.kind in KEPT_TARGETS else removed
+        assert self.policy.kind is not None
+        value = 1.0 - removed if self.policy.kind in KEPT_TARGETS else removed
         try:
             plan = plan_removal(
-                self.model, self.example, self.importance, self.kind, value,
+                self.model, self.example, self.importance, self.policy.kind, value,
                 scope=self.scope, limits=self.limits, dense=self.dense, dying=first,
             )  # fmt: skip
         except TargetError as error:
             plan = error.plan
         return plan.removals
 
-    def _removed_share(self, number: int) -> float:
-        """The share of what the target measures that is to be gone by a check; all of it at the last nomination."""
-        whole = 1.0 - self.value if self.kind in KEPT_TARGETS else self.value
-        t = min(1.0, (number - self.when.first + 1) / (self.when.last - self.patience - self.when.first + 1))
-        return whole * {"linear": t, "cubic": 1.0 - (1.0 - t) ** 3, "at_once": 1.0}[self.ramp]
-
-    def _capped(self, layer: Layer, fresh: Tensor) -> Tensor:
-        """Of neurons about to become candidates as many as the cap allows, the lowest in score."""
-        return self._lowest(layer, fresh, max(1, int(self.max_share * layer.size // layer.blocks)))
-
-    def _lowest(self, layer: Layer, marked: Tensor, most: int) -> Tensor:
-        """Of marked whole offsets the ``most`` lowest in score."""
+    def _score(self, layer: Layer) -> Tensor:
         scores = self.importance(layer.group)
-        assert scores is not None
-        offsets = marked.view(layer.blocks, -1).any(0).nonzero().flatten()
-        order = scores.view(layer.blocks, -1).mean(0)[offsets].argsort(stable=True)
-        taken = torch.zeros_like(marked)
-        taken[layer.neurons(offsets[order[:most]].tolist())] = True
-        return taken
+        assert scores is not None  # a layer without evidence is not judged
+        return scores
 
     def _remove(self, layers: Sequence[Layer], zero: Mapping[str, Tensor]) -> tuple[dict[str, list[int]], int, float]:
         """Removes the candidates whose time has come.
@@ -488,7 +381,10 @@ class DyingNeuronDynamics:
         Returns:
             What was removed, how many of these were zero where they are used, and the change of the outputs by them.
         """
-        gone = self._expired(layers)
+        number = self._step // self.when.check_every
+        gone: dict[str, list[int]] = {}
+        if not self.finished:
+            gone = self.policy.expired(number, self._number, layers, self.histories, self._score)
         exact = {}
         for layer in layers:
             sure = self._zeroed(self.histories[layer.name], since=1)
@@ -503,27 +399,10 @@ class DyingNeuronDynamics:
         rest = {name: renumbered(neurons, exact[name]) for name, neurons in gone.items()}
         if any(rest.values()):  # what was in use until now leaves its mean behind
             self._prune(rest, fold=self.fold)
-        if self._step // self.when.check_every >= self.when.last:
+        if number >= self.when.last:
             self._finish()
         self._install(self._layers() if gone else layers)
         return gone, count, difference
-
-    def _expired(self, layers: Sequence[Layer]) -> dict[str, list[int]]:
-        """The candidates that have waited long enough, in portions that may go."""
-        number = self._step // self.when.check_every
-        allowed = not self._removing or any(self._number < due <= number for due in self._removing)
-        if self.finished or not allowed:
-            return {}
-        # a target is met at the last check whoever waits; death is a verdict that takes patience even then
-        hurried = number >= self.when.last and self.kind != "dead"
-        gone = {}
-        for layer in layers:
-            history = self.histories[layer.name]
-            due = history.candidates if hurried else history.waiting >= self.patience
-            whole = [n for n in itertools.accumulate(layer.portions) if n <= int(due.sum()) // layer.blocks]
-            if whole:
-                gone[layer.name] = self._lowest(layer, due, whole[-1]).nonzero().flatten().tolist()
-        return gone
 
     def _prune(self, removals: Mapping[str, Sequence[int]], fold: bool) -> None:
         self._zeros.clear()
@@ -537,7 +416,7 @@ class DyingNeuronDynamics:
 
     def _zeroed(self, history: NeuronHistory, since: int = 0) -> Tensor:
         """Candidates that are zero where they are used, and have been for so many checks."""
-        return history.waiting >= since if self.zero else torch.zeros_like(history.dead)
+        return history.waiting >= since if self._zeroing else torch.zeros_like(history.dead)
 
     def _outputs_as_trained(self, layers: Sequence[Layer]) -> list[Tensor]:
         """What the network makes of the example, in eval mode, with zeroed what was zero in the steps before."""
