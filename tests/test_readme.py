@@ -86,7 +86,7 @@ def test_a_command_of_the_readme_runs(command: str, tmp_path: Path, request: pyt
             ["run", "recipes/quickstart.yaml", "--output", str(tmp_path / "run"), *_small("recipes/quickstart.yaml")]
         )
         assert made.returncode == 0, made.stderr
-        runs = [place for place, word in enumerate(arguments) if word.startswith("runs/")]
+        runs = [place for place, word in enumerate(arguments) if word.startswith(("runs/", "sweeps/"))]
         for place in runs:
             arguments[place] = str(shutil.copytree(tmp_path / "run", tmp_path / arguments[place]))
     if arguments[0] == "bench":
