@@ -107,9 +107,9 @@ def test_the_command_writes_tables_and_plots(
     assert "mean ± sd, n = 2" in out
     assert {path.name for path in output.iterdir()} == {"compare.json", "compare.md", "compare.html", "plots"}
     drawn = {path.name for path in (output / "plots").iterdir()}
-    assert drawn == {"neuron_sparsity.png", "weight_sparsity.png", "flops.png"}
+    assert drawn == {"neuron_sparsity.png", "weight_sparsity.png", "flops.png", "dead.png", "dead_against.png"}
     text = (output / "compare.html").read_text()
-    assert text.count("data:image/png;base64,") == 3
+    assert text.count("data:image/png;base64,") == 5
     assert "http" not in re.sub(r"base64,[^\"]*", "", text)
     data = json.loads((output / "compare.json").read_text())
     assert data["options"] == ["seed", "model.width"]
@@ -120,9 +120,8 @@ def test_the_command_writes_tables_and_plots(
     assert len({line.count("|") for line in table}) == 1
 
     # again over itself, with fewer plots to show: what is not drawn any more is gone
-    (output / "plots" / "dead.png").write_bytes(b"old")
-    assert main(command) == 0
-    assert {path.name for path in (output / "plots").iterdir()} == drawn
+    assert main(["compare", *map(str, real[:2]), "--output", str(output)]) == 0
+    assert {path.name for path in (output / "plots").iterdir()} == drawn - {"dead_against.png"}
 
 
 def test_without_output_nothing_is_written(
