@@ -67,11 +67,16 @@ def check_ranks() -> None:
         raise InputError(f"torchrun: expected one process, since several are not supported yet, found {ranks}")
 
 
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that is there."""
+    return next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
+
+
 def check_writable(folder: Path) -> None:
     """Refuses a folder that is none, or could not be made."""
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--output: expected a folder, found the file {folder}")
-    parent = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
+    parent = _existing(folder)
     if not os.access(parent, os.W_OK | os.X_OK):
         raise InputError(f"--output: expected a folder that can be written to, found {folder}, where {parent} cannot")
 
@@ -124,7 +129,7 @@ def check_space(folder: Path, model: nn.Module) -> None:
     """Refuses to start a run whose checkpoints would not fit on the disk."""
     size = sum(t.numel() * t.element_size() for t in model.state_dict().values())
     needed = 8 * size + 10 * 2**20  # two checkpoints with Adam's moments, the model, plots
-    parent = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
+    parent = _existing(folder)
     free = shutil.disk_usage(parent).free
     if free < needed:
         raise InputError(f"--output: expected {needed / 2**20:.0f} MiB free for {folder}, found {free / 2**20:.0f} MiB")

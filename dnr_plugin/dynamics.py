@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from .candidates import Policy, Ramp, Timetable
 from .errors import TargetError
-from .graph import inexact_reason, kept_modes, output_layers, uses
+from .graph import eval_outputs, inexact_reason, output_layers, uses
 from .history import NeuronHistory
 from .importance import DyingNeuronImportance
-from .inputs import call, one_sample, tensors
+from .inputs import one_sample
 from .layers import Layer, Limits, prunable_layers
 from .live import live_factors
 from .neurons import histograms, judge
@@ -394,17 +394,18 @@ class DyingNeuronDynamics:
         count, difference = sum(map(len, exact.values())), 0.0
         if count:
             before = self._outputs_as_trained(layers)
-            self._prune(exact, fold=False)
-            difference = output_difference(before, self._outputs_as_trained(self._layers()))[0]
+            layers = self._prune(exact, fold=False)
+            difference = output_difference(before, self._outputs_as_trained(layers))[0]
         rest = {name: renumbered(neurons, exact[name]) for name, neurons in gone.items()}
         if any(rest.values()):  # what was in use until now leaves its mean behind
-            self._prune(rest, fold=self.fold)
+            layers = self._prune(rest, fold=self.fold)
         if number >= self.when.last:
             self._finish()
-        self._install(self._layers() if gone else layers)
+        self._install(layers)
         return gone, count, difference
 
-    def _prune(self, removals: Mapping[str, Sequence[int]], fold: bool) -> None:
+    def _prune(self, removals: Mapping[str, Sequence[int]], fold: bool) -> Sequence[Layer]:
+        """Removes neurons, with their histories; returns the layers as they are now."""
         self._zeros.clear()
         prune_neurons(
             self.model, self.example, removals, importance=self.importance, fold=fold, optimizer=self.optimizer
@@ -413,6 +414,7 @@ class DyingNeuronDynamics:
             left = torch.ones(len(self.histories[name].waiting), dtype=torch.bool)
             left[list(neurons)] = False
             self.histories[name].keep(left.nonzero().flatten())
+        return self._layers()
 
     def _zeroed(self, history: NeuronHistory, since: int = 0) -> Tensor:
         """Candidates that are zero where they are used, and have been for so many checks."""
@@ -421,9 +423,7 @@ class DyingNeuronDynamics:
     def _outputs_as_trained(self, layers: Sequence[Layer]) -> list[Tensor]:
         """What the network makes of the example, in eval mode, with zeroed what was zero in the steps before."""
         self._install(layers, since=1)
-        with kept_modes(self.model), torch.no_grad():
-            self.model.eval()
-            return [out.clone() for out in tensors(call(self.model, self.example))]
+        return eval_outputs(self.model, self.example)
 
     def _install(self, layers: Sequence[Layer], since: int = 0) -> None:
         """Zeroes the candidates, and notes where dead neurons are."""

@@ -89,6 +89,13 @@ def kept_modes(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+def eval_outputs(model: nn.Module, inputs: Any) -> list[Tensor]:
+    """Every tensor that a model returns in eval mode, as copies, without gradients; modes are restored."""
+    with kept_modes(model), torch.no_grad():
+        model.eval()
+        return [out.clone() for out in tensors(call(model, inputs))]
+
+
 def uses(group: tp.dependency.Group) -> list[Use]:
     """The consumers of a group's neurons (METHOD: a neuron is one root index of a dependency group).
 

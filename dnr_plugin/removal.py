@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from .batchnorm import can_fold, fold_means
 from .errors import InputError
-from .graph import build_graph, inexact_reason, kept_modes
+from .graph import build_graph, eval_outputs, inexact_reason, kept_modes
 from .importance import DyingNeuronImportance
-from .inputs import batch_inputs, call, tensors
+from .inputs import batch_inputs, call
 from .layers import Limits, prunable_layers
 from .measure import count_params
 from .optimizer import follow_optimizer
@@ -152,13 +152,13 @@ def remove_dead_neurons(
     if first is None:
         raise InputError("calibration: expected at least one batch, found none")
     probe = batch_inputs(first)
+    before = eval_outputs(model, probe)
     with kept_modes(model), torch.no_grad():
         model.eval()
-        before = [out.clone() for out in tensors(call(model, probe))]
         with importance.observe(model) as observer:
             for batch in chain([first], batches):
                 call(model, batch_inputs(batch))
-    samples = min(activity.samples for activity in observer.activities.values())
+    samples = observer.samples
     if samples < min_samples:
         raise InputError(f"calibration: expected at least {min_samples} samples to judge death on, found {samples}")
     params_before = count_params(model)
@@ -201,10 +201,7 @@ def remove_dead_neurons(
         left.append((name, len(removals.pop(name)), "removal would change the outputs: something mixes the channels"))
         del zero[name]
     prune_neurons(model, example_inputs, removals, importance=importance, fold=True, optimizer=optimizer)
-    with kept_modes(model), torch.no_grad():
-        model.eval()
-        after = list(tensors(call(model, probe)))
-    absolute, relative = output_difference(before, after)
+    absolute, relative = output_difference(before, eval_outputs(model, probe))
     removed, exactly_zero = sum(map(len, removals.values())), sum(zero.values())
     return DeadNeuronReport(
         removals, removed, neurons, exactly_zero, removed - exactly_zero, dead, absolute, relative, samples, left,
@@ -229,10 +226,7 @@ def _changing(
         trial = copy.deepcopy(model)
         with importance.unchanged():
             prune_neurons(trial, example_inputs, chosen, importance=importance, fold=True)
-        trial.eval()
-        with torch.no_grad():
-            after = list(tensors(call(trial, probe)))
-        return output_difference(before, after)[1] > EXACT_TOLERANCE
+        return output_difference(before, eval_outputs(trial, probe))[1] > EXACT_TOLERANCE
 
     if not removals or not changes(removals):
         return []

@@ -34,9 +34,8 @@ from .dynamics import Check, DyingNeuronDynamics
 from .environment import pick_device, placed
 from .errors import InputError, RunError, TargetError
 from .files import atomic_write
-from .graph import kept_modes
+from .graph import eval_outputs, kept_modes
 from .importance import DyingNeuronImportance
-from .inputs import call, tensors
 from .layers import Limits
 from .measure import flop_report, latencies
 from .models import build_model
@@ -325,7 +324,7 @@ class _Run:
             self.model.eval()
             for images in self.calibration(wanted.samples, "observing"):
                 self.model(images)
-        seen = min(activity.samples for activity in observer.activities.values())
+        seen = observer.samples
         if seen < wanted.min_samples:
             raise InputError(
                 f"prune.observe.min_samples: expected at most {seen}, the training images there are, "
@@ -337,10 +336,12 @@ class _Run:
         exact = {name: gone for name, gone in plan.zero.items() if gone}
         if exact:
             probe = next(iter(self.train_images.batches(_BATCH)))[0]
-            before = self.outputs(probe)
+            before = eval_outputs(self.model, probe)
             prune_neurons(self.model, self.example, exact, importance=importance)
             done["exact_neurons"] += sum(map(len, exact.values()))
-            done["max_abs_diff"] = max(done["max_abs_diff"], output_difference(before, self.outputs(probe))[0])
+            done["max_abs_diff"] = max(
+                done["max_abs_diff"], output_difference(before, eval_outputs(self.model, probe))[0]
+            )
         rest = {name: renumbered(gone, exact.get(name, [])) for name, gone in plan.removals.items()}
         prune_neurons(self.model, self.example, rest, importance=importance, fold=self.recipe.prune.fold)
         recalibrate = self.recipe.prune.recalibrate
@@ -388,11 +389,6 @@ class _Run:
         for images, _ in self.track(islice(batches, steps), steps, what):
             yield images[:left]
             left -= len(images)
-
-    def outputs(self, images: Tensor) -> list[Tensor]:
-        with kept_modes(self.model), torch.no_grad():
-            self.model.eval()
-            return list(tensors(call(self.model, images)))
 
     def accuracy(self) -> float:
         return evaluate(self.model, self.test_images, progress=self.shown("evaluating"))

@@ -15,6 +15,15 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
 
 
+def _scheduled(what: str, highest: str, default: Schedule) -> Any:
+    """The field of a schedule; `pressure.scheduled` has the formulas."""
+    return Field(
+        default=default,
+        description=f"{what} per step: constant; linear or cosine, down from {highest} to zero; "
+        f"one_cycle, up from 4 % to {highest} at 30 % of the steps, then down to zero",
+    )
+
+
 class ModelOptions(Section):
     name: str = Field(
         description="resnet18, resnet20, resnet56, vgg16_bn, mlp; torchvision.NAME for any torchvision classification "
@@ -79,11 +88,7 @@ class BatchNormL1Options(Section):
         description="highest weight of the sum of the scales' magnitudes; counts as part of the loss, so it is "
         "clipped with it",
     )
-    schedule: Schedule = Field(
-        default="one_cycle",
-        description="strength per step: constant; linear or cosine, down from full strength to "
-        "zero; one_cycle, up from 4 % to full strength at 30 % of the steps, then down to zero",
-    )
+    schedule: Schedule = _scheduled("strength", "full strength", "one_cycle")
 
 
 class NoiseOptions(Section):
@@ -92,11 +97,7 @@ class NoiseOptions(Section):
         description="highest standard deviation, the same for every element of every gradient; drawn from "
         "seed, epoch and step alone, differently on CPU and GPU",
     )
-    schedule: Schedule = Field(
-        default="constant",
-        description="standard deviation per step: constant; linear or cosine, down from std to "
-        "zero; one_cycle, up from 4 % to std at 30 % of the steps, then down to zero",
-    )
+    schedule: Schedule = _scheduled("standard deviation", "std", "constant")
     when: Literal["before_clipping", "after_clipping"] = Field(
         default="before_clipping",
         description="before_clipping: clip_norm bounds gradient and noise together; "
@@ -110,11 +111,7 @@ class NoiseOptions(Section):
 
 
 class PressureOptions(Section):
-    weight_decay_schedule: Schedule = Field(
-        default="constant",
-        description="weight_decay per step: constant; linear or cosine, down from weight_decay to "
-        "zero; one_cycle, up from 4 % to weight_decay at 30 % of the steps, then down to zero",
-    )
+    weight_decay_schedule: Schedule = _scheduled("weight_decay", "weight_decay", "constant")
     bn_l1: BatchNormL1Options | None = Field(default=None, description="L1 penalty on the scales of BatchNorm layers")
     noise: NoiseOptions | None = Field(default=None, description="normal noise added to the gradients")
 
@@ -127,11 +124,7 @@ class TrainOptions(Section):
     momentum: float | None = Field(default=None, ge=0.0, lt=1.0, description="sgd only; 0.9 by default")
     nesterov: bool = Field(default=False, description="sgd only; needs momentum")
     weight_decay: float = Field(default=5e-4, ge=0.0, description="on every parameter")
-    schedule: Schedule = Field(
-        default="cosine",
-        description="learning rate per step: constant; linear or cosine, down from lr to zero; "
-        "one_cycle, up from 4 % to lr at 30 % of the steps, then down to zero",
-    )
+    schedule: Schedule = _scheduled("learning rate", "lr", "cosine")
     warmup_epochs: float = Field(default=0.0, ge=0.0, description="linear rise of the learning rate at the start")
     clip_norm: float | None = Field(
         default=None, gt=0.0, description="largest norm of the gradient; no clipping by default"

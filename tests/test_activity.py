@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import scipy.stats
 import torch
+from ranks import run_two_ranks
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -309,19 +308,7 @@ dist.destroy_process_group()
 
 def test_two_ranks_equal_one_process(tmp_path: Path) -> None:
     """Sums, counts, maxima and minima over gloo; a NaN on one rank is known to both."""
-    root = Path(__file__).parent.parent
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK, str(rank), str(tmp_path), str(root), str(root / "tests")],
-            cwd=root,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in (0, 1)
-    ]
-    for process in ranks:
-        _, error = process.communicate(timeout=120)
-        assert process.returncode == 0, error
+    run_two_ranks(RANK, tmp_path)
     for rank in (0, 1):
         assert_same(pickle.loads((tmp_path / f"{rank}.pkl").read_bytes()), observed(data(n=30)))
         for culprit in (0, 1):

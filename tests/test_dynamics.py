@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import io
 import random
-import subprocess
-import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import Plain, images, make
+from ranks import run_two_ranks
 from torch import Tensor, nn
 
 from dnr_plugin import checkpoint
@@ -835,23 +834,7 @@ dist.destroy_process_group()
 
 
 def test_two_ranks_remove_what_one_process_would(tmp_path: Path) -> None:
-    root = Path(__file__).parent.parent
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK, str(rank), str(tmp_path), str(root), str(root / "tests")],
-            cwd=root,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in (0, 1)
-    ]
-    try:
-        for process in ranks:
-            _, error = process.communicate(timeout=120)
-            assert process.returncode == 0, error
-    finally:
-        for process in ranks:
-            process.kill()
+    run_two_ranks(RANK, tmp_path)
     zero, one = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     assert zero["removed"] == one["removed"]
     assert all(torch.equal(a, b) for a, b in zip(zero["weights"], one["weights"], strict=True))
