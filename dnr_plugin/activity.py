@@ -15,6 +15,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from .moments import Moments
+
 # An octave of the histogram is one factor of two. The topmost bin starts at 2**TOP_OCTAVE; fixed edges are what lets
 # histograms of different batches, ranks and epochs be added and compared.
 TOP_OCTAVE = 5
@@ -114,6 +116,7 @@ class Activity:
     Attributes:
         samples: samples seen.
         values: positions of the sampled share seen, per channel.
+        moments: second moments as well, where a layer's observer gathers them.
         REDUCTIONS: how each tensor merges: "sum", "max" or "min".
     """
 
@@ -151,6 +154,7 @@ class Activity:
         if not 2 <= bins <= 64:
             raise ValueError(f"bins: expected 2 to 64, found {bins}")
         self.threshold, self.share, self.bins = threshold, share, bins
+        self.moments: Moments | None = None
         self.stride = max(1, round(1.0 / share))
         self.samples = 0
         self.values = 0
@@ -184,6 +188,7 @@ class Activity:
         """The statistics of one batch alone, with the settings of this one; see `update`."""
         batch = Activity.__new__(Activity)
         batch.threshold, batch.share, batch.bins, batch.stride = self.threshold, self.share, self.bins, self.stride
+        batch.moments = None
         # compared in float32 like the sampled share: a bfloat16 comparison would round the threshold
         wide = torch.float64 if a.dtype is torch.float64 else torch.float32
         top, bottom = a.amax(2).to(wide), a.amin(2).to(wide)  # [N, C]
@@ -214,6 +219,8 @@ class Activity:
         for name, how in self.REDUCTIONS.items():
             mine, theirs = getattr(self, name), getattr(other, name).to(self.highest.device)
             setattr(self, name, combine[how](mine, theirs))
+        if other.moments is not None:
+            self.moments = other.moments if self.moments is None else self.moments.merged(other.moments)
 
     def all_reduce(self) -> None:
         """Merges over the ranks of the default process group; every rank ends with the same statistics."""
@@ -228,6 +235,8 @@ class Activity:
         for name, how in self.REDUCTIONS.items():
             value = getattr(self, name)
             dist.all_reduce(value, {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}[how])
+        if self.moments is not None:
+            dist.all_reduce(self.moments.sums)
 
     def keep(self, channels: Tensor) -> None:
         """Follows a removal: from now on only these channels exist, in this order.
@@ -238,11 +247,14 @@ class Activity:
         for name in self.REDUCTIONS:
             value = getattr(self, name)
             setattr(self, name, value[channels.to(value.device)])
+        if self.moments is not None:
+            self.moments = self.moments.kept(channels)
 
     def state_dict(self) -> dict[str, Any]:
         """All sums and counts; tensors on the CPU."""
         tensors = {name: getattr(self, name).cpu() for name in self.REDUCTIONS}
-        return {"samples": self.samples, "values": self.values, **tensors}
+        moments = {} if self.moments is None else {"moments": self.moments.state_dict()}
+        return {"samples": self.samples, "values": self.values, **tensors, **moments}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from what `state_dict` returned.
@@ -256,6 +268,8 @@ class Activity:
             if mine.shape != state[name].shape:
                 raise ValueError(f"{name}: expected shape {list(mine.shape)}, found {list(state[name].shape)}")
             setattr(self, name, state[name].to(mine.device))
+        if self.moments is not None:
+            self.moments.load_state_dict(state["moments"])
 
     @property
     def finite(self) -> bool:

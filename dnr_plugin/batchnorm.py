@@ -96,7 +96,7 @@ def fold_means(graph: tp.DependencyGraph, evidence: Sequence[Evidence]) -> list[
     """
     done = []
     for e in evidence:
-        place = _place(graph, e.use.module)
+        place = place_of_constant(graph, e.use.module)
         if isinstance(place, Tensor):
             with torch.no_grad():
                 shift = _shift(e).to(place.device, torch.float64)
@@ -111,7 +111,7 @@ def fold_means(graph: tp.DependencyGraph, evidence: Sequence[Evidence]) -> list[
 
 def can_fold(graph: tp.DependencyGraph, module: nn.Module) -> bool:
     """Whether a constant input channel of this consumer can be folded away without changing any output."""
-    return isinstance(_place(graph, module), Tensor) and exact_fold(module)
+    return isinstance(place_of_constant(graph, module), Tensor) and exact_fold(module)
 
 
 def exact_fold(module: nn.Module) -> bool:
@@ -130,7 +130,7 @@ def _padding(module: nn.modules.conv._ConvNd) -> Sequence[int]:
     return module.padding
 
 
-def _place(graph: tp.DependencyGraph, module: nn.Module) -> Tensor | str:
+def place_of_constant(graph: tp.DependencyGraph, module: nn.Module) -> Tensor | str:
     """What takes a shift of a consumer's outputs: its bias, else the following BatchNorm's mean, else why not."""
     if isinstance(module, nn.MultiheadAttention):
         return "attention has no place for it"
@@ -138,11 +138,20 @@ def _place(graph: tp.DependencyGraph, module: nn.Module) -> Tensor | str:
         return "a strided transposed convolution spreads a constant unevenly"
     if isinstance(module.bias, Tensor):
         return module.bias
+    norm = norm_behind(graph, module)
+    if norm is not None:
+        assert norm.running_mean is not None
+        return norm.running_mean
+    return "neither a bias nor a BatchNorm follows"
+
+
+def norm_behind(graph: tp.DependencyGraph, module: nn.Module) -> nn.modules.batchnorm._BatchNorm | None:
+    """The BatchNorm with running statistics that alone reads a layer's outputs, if there is one."""
     behind = graph.module2node[module].outputs
     if len(behind) == 1 and behind[0].type == ops.OPTYPE.BN and behind[0].module.running_mean is not None:
-        mean: Tensor = behind[0].module.running_mean
-        return mean
-    return "neither a bias nor a BatchNorm follows"
+        norm: nn.modules.batchnorm._BatchNorm = behind[0].module
+        return norm
+    return None
 
 
 def _shift(evidence: Evidence) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
+from .consumers import correct, redundancy
 from .errors import did_you_mean
 from .graph import channel_groups, uses
 from .neurons import SCORES, Evidence, Verdict, judge, score_neurons
@@ -63,13 +64,15 @@ class DyingNeuronImportance(tp.importance.Importance):  # type: ignore[misc]
     Args:
         score: one of the above.
         normalizer: divides a group's live scores by their "mean" or "max" so that layers compare in global scope;
-            None for raw scores, or a function of the live scores, float64, shape [live].
+            None for raw scores, or a function of the live scores, float64, shape [live]. "auto": "mean", but None for
+            redundancy, which compares between layers as it is.
         max_pruning_ratio: largest share in (0, 1] taken from one group over all steps, of the size it had when it was
             first scored; observing another model starts anew. (BasePruner's own is not held within a step.)
         min_channels: neurons that every group keeps, >= 1.
         threshold: theta >= 0; a neuron fires where its activation exceeds it.
         share: share in (0, 1] of each batch that means, rates and histograms read.
         bins: bins of the activation histogram.
+        moments: gather second moments while observing, which redundancy and `repair` need.
 
     Attributes:
         skipped: groups that got no score, by root layer, with the reason; Torch-Pruning leaves these alone.
@@ -82,19 +85,24 @@ class DyingNeuronImportance(tp.importance.Importance):  # type: ignore[misc]
         self,
         score: str = "variation",
         *,
-        normalizer: str | Callable[[Tensor], Tensor] | None = "mean",
+        normalizer: str | Callable[[Tensor], Tensor] | None = "auto",
         max_pruning_ratio: float = 1.0,
         min_channels: int = 1,
         threshold: float = 0.0,
         share: float = 0.125,
         bins: int = 16,
+        moments: bool = True,
     ) -> None:
         if score not in SCORES:
             raise ValueError(
                 f"score: expected one of {', '.join(SCORES)}, found {score!r}{did_you_mean(score, SCORES)}"
             )
-        if isinstance(normalizer, str) and normalizer not in ("mean", "max"):
-            raise ValueError(f"normalizer: expected 'mean', 'max', None or a function, found {normalizer!r}")
+        if isinstance(normalizer, str) and normalizer not in ("auto", "mean", "max"):
+            raise ValueError(f"normalizer: expected 'auto', 'mean', 'max', None or a function, found {normalizer!r}")
+        if score == "redundancy" and not moments:
+            raise ValueError("moments: expected True for score 'redundancy', found False")
+        if normalizer == "auto":
+            normalizer = None if score == "redundancy" else "mean"
         if not 0.0 < max_pruning_ratio <= 1.0:
             raise ValueError(f"max_pruning_ratio: expected a number in (0, 1], found {max_pruning_ratio}")
         if min_channels < 1:
@@ -103,7 +111,7 @@ class DyingNeuronImportance(tp.importance.Importance):  # type: ignore[misc]
             raise ValueError(f"threshold: expected at least 0, found {threshold}")
         self.score, self.normalizer = score, normalizer
         self.max_pruning_ratio, self.min_channels = max_pruning_ratio, min_channels
-        self.threshold, self.share, self.bins = threshold, share, bins
+        self.threshold, self.share, self.bins, self.moments = threshold, share, bins, moments
         self.skipped: dict[str, str] = {}
         self.observer: Observer | None = None
         self._ids: dict[str, Tensor] = {}
@@ -130,7 +138,10 @@ class DyingNeuronImportance(tp.importance.Importance):  # type: ignore[misc]
 
     def observer_of(self, model: nn.Module, *, training: bool = False) -> Observer:
         """An observer with this criterion's settings, not yet open."""
-        return Observer(model, threshold=self.threshold, share=self.share, bins=self.bins, training=training)
+        moments = self.moments and not training
+        return Observer(
+            model, threshold=self.threshold, share=self.share, bins=self.bins, moments=moments, training=training
+        )
 
     def judge_by(self, observer: Observer) -> None:
         """Scores by what a closed observer has read, from now on."""
@@ -160,7 +171,10 @@ class DyingNeuronImportance(tp.importance.Importance):  # type: ignore[misc]
         if not found:
             return None
         n = len(group[0].idxs)
-        score = score_neurons(self.score, found, n)
+        if self.score == "redundancy":
+            score = redundancy(group._DG, found, n)
+        else:
+            score = score_neurons(self.score, found, n)
         tie_break = score_neurons("magnitude", found, n)
         order = _lexicographic(score, tie_break)
         dead = judge(found, n).dead
@@ -195,6 +209,29 @@ class DyingNeuronImportance(tp.importance.Importance):  # type: ignore[misc]
         self.skipped.pop(root, None)
         followed.pending[root, group._DG.is_out_channel_pruning_fn(group[0].dep.handler)] = pending
         return found
+
+    def repair(self, group: tp.dependency.Group) -> dict[str, str]:
+        """Corrects in closed form what remains of a group's consumers; to be called right before ``group.prune()``.
+
+        Their kept weights, and the bias or the BatchNorm behind them, change so that they lose least without the
+        group's neurons, judged by the observed second moments (`redundancy`). Layers are corrected one by one, as if
+        what they read were else unchanged; `repair_network` fits them one after another and does better.
+
+        Args:
+            group: with the indices that are about to be pruned.
+
+        Returns:
+            Consumers left as they are, with the reason.
+
+        Raises:
+            RuntimeError: no second moments were observed.
+        """
+        evidence = self.evidence(group)
+        if not self.moments:
+            raise RuntimeError("repair needs second moments: construct the importance with moments=True")
+        names = self._follow(group._DG).names
+        reasons = {names[e.use.module]: correct(group._DG, e) for e in evidence}
+        return {name: reason for name, reason in reasons.items() if reason is not None}
 
     @contextlib.contextmanager
     def unchanged(self) -> Iterator[None]:

@@ -81,19 +81,21 @@ class Score:
     """How a score is read at one consumer and reduced over all of them.
 
     Attributes:
-        read: value per input channel of a consumer, >= 0, shape [in_channels].
+        read: value per input channel of a consumer, >= 0, shape [in_channels]; None for redundancy, which takes all
+            consumers together (`consumers.redundancy`).
         inside: reduction over the channels that carry one neuron at one consumer.
         across: reduction over consumers, "max" or "sum".
         formula: for the reader.
     """
 
-    read: Callable[[Evidence], Tensor]
+    read: Callable[[Evidence], Tensor] | None
     inside: str
     across: str
     formula: str
 
 
 SCORES: dict[str, Score] = {
+    "redundancy": Score(None, "sum", "sum", "error of the consumers' outputs once the other neurons stand in for it"),
     "contribution": Score(_contribution, "sum", "sum", "mean |a| * ||consumer weights of the channel||_2"),
     "variation": Score(_variation, "sum", "sum", "std(a) * ||consumer weights of the channel||_2"),
     "magnitude": Score(lambda e: e.activity.mean_magnitude, "mean", "max", "mean |a|"),
@@ -109,11 +111,12 @@ def score_neurons(name: str, evidence: Sequence[Evidence], neurons: int) -> Tens
     """The score of each neuron of a group, low = dying, >= 0, float64, shape [n].
 
     Args:
-        name: a key of `SCORES`.
+        name: a key of `SCORES` other than "redundancy".
         evidence: every consumer of the group.
         neurons: n.
     """
     score = SCORES[name]
+    assert score.read is not None
     found = torch.stack([e.per_neuron(score.read(e), neurons, score.inside) for e in evidence])
     return found.sum(0) if score.across == "sum" else found.amax(0)
 

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from .activity import Activity
+from .moments import MAX_FEATURES, Moments, features_of
+from .patches import channels_second
 
 # Where a DataParallel, DistributedDataParallel or compiled model keeps the network it wraps.
 _WRAPPED = ("module", "_orig_mod")
@@ -64,19 +66,6 @@ def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     return a if isinstance(a, Tensor) and a.is_floating_point() else None
 
 
-def _channels_second(module: nn.Module, a: Tensor) -> Tensor:
-    """Any input a consumer accepts, as a view of shape [N, C, P]."""
-    if isinstance(module, nn.modules.conv._ConvNd):
-        spatial = len(module.kernel_size)
-        a = a if a.dim() == spatial + 2 else a.unsqueeze(0)
-        return a.flatten(2) if a.dim() > 2 else a.unsqueeze(-1)
-    if isinstance(module, nn.MultiheadAttention) and not module.batch_first and a.dim() == 3:
-        a = a.transpose(0, 1)
-    if a.dim() == 1:
-        a = a.unsqueeze(0)
-    return a.unsqueeze(-1) if a.dim() == 2 else a.movedim(-1, 1).flatten(2)
-
-
 def _in_backward() -> bool:
     """Whether autograd is running: a layer called then is being recomputed by gradient checkpointing."""
     probe = getattr(torch._C, "_current_graph_task_id", None)
@@ -120,6 +109,7 @@ class Observer:
     Args:
         model: any network; a DataParallel, DistributedDataParallel or compiled wrapper is seen through.
         threshold, share, bins: see `activity.Activity`.
+        moments: gather second moments as well (`moments.Moments`), of layers that are not too wide.
         training: watch a network that trains: read only in train mode, and ahead of other hooks, such as those that
             zero candidates.
 
@@ -136,9 +126,10 @@ class Observer:
         threshold: float = 0.0,
         share: float = 0.125,
         bins: int = 16,
+        moments: bool = False,
         training: bool = False,
     ) -> None:
-        self.model = model
+        self.model, self.moments = model, moments
         self.threshold, self.share, self.bins, self.training = threshold, share, bins, training
         self.modules = {name: module for module, name in module_names(model).items() if is_consumer(module)}
         self.activities: dict[str, Activity] = {}
@@ -237,7 +228,11 @@ class Observer:
 
     def _empty(self, module: nn.Module, device: torch.device) -> Activity:
         channels = input_channels(module)
-        return Activity(channels, threshold=self.threshold, share=self.share, bins=self.bins, device=device)
+        activity = Activity(channels, threshold=self.threshold, share=self.share, bins=self.bins, device=device)
+        each = features_of(module, channels)
+        if self.moments and channels * each <= MAX_FEATURES:
+            activity.moments = Moments(channels, each, device)
+        return activity
 
     def _read(self, name: str, module: nn.Module, a: Tensor) -> None:
         if self._paused or _being_traced(module) or _in_backward() or a.numel() == 0:
@@ -248,17 +243,15 @@ class Observer:
         with self._lock:
             activity = self._by_device.get((name, a.device))
             if activity is None:
-                channels = _channels_second(module, a).shape[1]
-                activity = Activity(
-                    channels, threshold=self.threshold, share=self.share, bins=self.bins, device=a.device
-                )
-                self._by_device[name, a.device] = activity
+                self._by_device[name, a.device] = activity = self._empty(module, a.device)
             batch = self._recall(module, a)
         if batch is None:
-            batch = activity.of_batch(_channels_second(module, a.detach()))
+            batch = activity.of_batch(channels_second(module, a.detach()))
             if not a.is_inference():
                 self._recent.append((weakref.ref(a), a._version, type(module), batch))
         activity.merge(batch)
+        if activity.moments is not None:
+            activity.moments.update(module, a)
 
     def _recall(self, module: nn.Module, a: Tensor) -> Activity | None:
         """The statistics of this very tensor, unless it was written to since: branches often read the same one."""

@@ -23,7 +23,7 @@ from .removal import prune_neurons
 KEPT_TARGETS = ("flops", "params", "latency")
 REMOVED_TARGETS = ("neuron_sparsity", "weight_sparsity")
 TARGETS = (*KEPT_TARGETS, *REMOVED_TARGETS, "dead")
-SCOPES = ("local", "global", "isomorphic")
+SCOPES = ("local", "global", "isomorphic", "cost_aware")
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,8 @@ def plan_removal(
 
     Neurons that are dead on the observed samples go first, in every scope. Then, by scope: "local" takes equal shares
     of all layers, "global" ranks all neurons by score, "isomorphic" takes equal shares of each class of like groups
-    and ranks within the class.
+    and ranks within the class, "cost_aware" ranks all neurons by score for what their removal saves: FLOPs (also for
+    latency) or parameters of the network as it is now; neurons, which all count one, it ranks as "global".
 
     Args:
         model: the network as it is now.
@@ -156,7 +157,7 @@ def plan_removal(
         importance: a `DyingNeuronImportance` that has observed this model, or any Torch-Pruning criterion.
         kind: one of `TARGETS`.
         value: share kept ("flops", "params", "latency") or removed ("neuron_sparsity", "weight_sparsity").
-        scope: "local", "global" or "isomorphic".
+        scope: one of `SCOPES`.
         limits: what may be taken.
         dense: the dense model's `baseline`; this model by default.
         dying: root layer -> neurons that go as the dead ones do, bool, shape [n].
@@ -191,9 +192,11 @@ def plan_removal(
                 zero[layer.name] = layer.whole(verdict.zero)
             dead_in[layer.name] = int(is_dead.sum())
         steps += _layer_steps(index, layer, scores, is_dead)
-    steps = _ordered(steps, layers, scope)
+    report = flop_report(model, example_inputs)
+    savings = _savings(model, report, layers, kind) if scope == "cost_aware" else [1.0] * len(layers)
+    steps = _ordered(steps, layers, scope, savings)
 
-    cost = CostModel(model, flop_report(model, example_inputs))
+    cost = CostModel(model, report)
     predicted, left = [measure(kind, cost.flops, cost.params, neurons, dense)], neurons
     for step in steps:
         taken = len(step.offsets) * layers[step.layer].blocks
@@ -268,7 +271,20 @@ def _layer_steps(index: int, layer: Layer, scores: Tensor, dead: Tensor) -> Iter
         yield _Step(index, offsets, (highest,), all(bool(offset_dead[k]) for k in offsets))
 
 
-def _ordered(steps: Sequence[_Step], layers: Sequence[Layer], scope: str) -> list[_Step]:
+def _savings(model: nn.Module, report: FlopReport, layers: Sequence[Layer], kind: str) -> list[float]:
+    """What a neuron of each layer saves of what a target counts."""
+    found = []
+    for layer in layers:
+        cost = CostModel(model, report)
+        before = cost.flops, cost.params
+        cost.remove(layer.effect)
+        flops, params = before[0] - cost.flops, before[1] - cost.params
+        saved = {"flops": flops, "latency": flops, "params": params, "weight_sparsity": params}.get(kind, 1.0)
+        found.append(max(saved, 1e-9))
+    return found
+
+
+def _ordered(steps: Sequence[_Step], layers: Sequence[Layer], scope: str, savings: Sequence[float]) -> list[_Step]:
     """All removal steps in the order in which they are taken; within a layer the given order is kept."""
 
     def group_of(step: _Step) -> object:
@@ -280,7 +296,7 @@ def _ordered(steps: Sequence[_Step], layers: Sequence[Layer], scope: str) -> lis
         pools.setdefault(group_of(step), []).append(step)
     keyed: list[tuple[tuple[bool, float, int], _Step]] = []
     for pool in pools.values():
-        pool.sort(key=lambda step: (not step.dead, step.key))
+        pool.sort(key=lambda step: (not step.dead, step.key[0] / savings[step.layer], step.layer))
         members = {step.layer for step in pool}
         total = sum(layers[k].first for k in members)
         gone = sum(layers[k].first - layers[k].size for k in members)

@@ -1,0 +1,187 @@
+"""What becomes of a layer's outputs on their way: a BatchNorm, a sum with something else, a ReLU.
+
+Read off a run of the model, so that modules, functions and operators count alike.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from .graph import kept_modes
+from .inputs import call
+from .observe import is_consumer, module_names
+
+_ADD = {"add", "__add__", "__radd__", "add_", "__iadd__"}
+_RELU = {"relu", "relu_"}
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where a consumer's outputs first matter.
+
+    Attributes:
+        norm: name of the BatchNorm behind it, or None.
+        sum: number of the call (`Calls`) that adds them to what was computed before; None where none does.
+        other: number of the call that computed what they are added to; None like ``sum``.
+        rectified: whether a ReLU follows, and nothing else reads them.
+    """
+
+    norm: str | None = None
+    sum: int | None = None
+    other: int | None = None
+    rectified: bool = False
+
+
+class Calls(TorchFunctionMode):
+    """Numbers the calls of torch's functions while it is open, and hands on the results of some.
+
+    A model numbers its calls alike in every run, also once it is narrower.
+
+    Args:
+        wanted: number of a call -> what to do with its result.
+    """
+
+    def __init__(self, wanted: Mapping[int, Callable[[Tensor], None]]) -> None:
+        super().__init__()
+        self.wanted = wanted
+        self.count = 0
+        self._paused = False
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if not self._paused:
+            self.seen(func, args, kwargs or {}, result)
+            self.count += 1
+        return result
+
+    def seen(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        """Called for each call, which has the number ``count``."""
+        if self.count in self.wanted:
+            with self.paused():
+                self.wanted[self.count](result)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Calls in here have no number: for hooks."""
+        before, self._paused = self._paused, True
+        try:
+            yield
+        finally:
+            self._paused = before
+
+
+class _Value:
+    """A tensor that still is some consumer's output, perhaps behind a BatchNorm or a sum."""
+
+    def __init__(self, tensor: Tensor, consumer: str, summed: bool = False) -> None:
+        self.tensor = weakref.ref(tensor)
+        self.consumer, self.summed = consumer, summed
+        self.readers: list[str] = []
+
+
+class _Trace(Calls):
+    def __init__(self) -> None:
+        super().__init__({})
+        self.values: dict[int, _Value] = {}
+        self.made: dict[int, tuple[weakref.ref[Tensor], int]] = {}
+        self.started: dict[str, int] = {}
+        self.norms: dict[str, str] = {}
+        self.sums: dict[str, tuple[int, int]] = {}
+        self.last: dict[str, _Value] = {}
+
+    def value(self, tensor: Any) -> _Value | None:
+        found = self.values.get(id(tensor))
+        return found if found is not None and found.tensor() is tensor else None
+
+    def follow(self, tensor: Tensor, consumer: str, summed: bool = False) -> None:
+        self.values[id(tensor)] = self.last[consumer] = _Value(tensor, consumer, summed)
+
+    def seen(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        if not isinstance(result, Tensor):
+            return
+        name = getattr(func, "__name__", "")
+        read = [value for value in map(self.value, [*args, *kwargs.values()]) if value is not None]
+        for value in read:
+            value.readers.append(name)
+        if name in _ADD and not kwargs and len(args) == 2 and all(isinstance(a, Tensor) for a in args):
+            self.add(args, result)
+        elif id(result) in self.values:  # changed in place: no longer what the layer gave
+            del self.values[id(result)]
+        self.made[id(result)] = weakref.ref(result), self.count
+
+    def add(self, operands: tuple[Any, ...], result: Tensor) -> None:
+        """The layer that ran last of those that are added makes up for the sum."""
+        values = [(value, k) for k, value in enumerate(map(self.value, operands)) if value and not value.summed]
+        if not values or operands[0].shape != operands[1].shape:
+            self.values.pop(id(result), None)
+            return
+        value, place = max(values, key=lambda pair: self.started[pair[0].consumer])
+        other = operands[1 - place]
+        reference, number = self.made.get(id(other), (None, -1))
+        if reference is None or reference() is not other or number >= self.started[value.consumer]:
+            self.values.pop(id(result), None)
+            return
+        self.sums[value.consumer] = self.count, number
+        self.follow(result, value.consumer, summed=True)
+
+
+def trace_sites(model: nn.Module, inputs: Any) -> dict[str, Site]:
+    """Where the outputs of each consumer of a model first matter, by the consumer's name, in the order they run.
+
+    Layers that run more than once are left out.
+
+    Args:
+        model: in any mode; run once in eval mode.
+        inputs: as Torch-Pruning takes them.
+    """
+    names = module_names(model)
+    trace, again = _Trace(), set()
+    handles = []
+
+    def before(module: nn.Module, args: Any) -> None:
+        name = names[module]
+        if name in trace.started:
+            again.add(name)
+        trace.started[name] = trace.count
+
+    def after(module: nn.Module, args: Any, output: Any) -> None:
+        if isinstance(output, Tensor):
+            trace.follow(output, names[module])
+
+    def normed(module: nn.Module, args: Any, output: Any) -> None:
+        value = trace.value(args[0]) if args else None
+        if value is None or value.summed or value.consumer in trace.norms:
+            return
+        if len(value.readers) == 1:
+            trace.norms[value.consumer] = names[module]
+            trace.follow(output, value.consumer)
+
+    for module in names:
+        if is_consumer(module):
+            handles += [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
+        elif isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
+            handles.append(module.register_forward_hook(normed))
+    try:
+        with kept_modes(model), torch.no_grad(), trace:
+            model.eval()
+            call(model, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    sites = {}
+    for name in trace.started:
+        if name in again:
+            continue
+        rectified = name in trace.last and len(r := trace.last[name].readers) == 1 and r[0] in _RELU
+        sites[name] = Site(trace.norms.get(name), *trace.sums.get(name, (None, None)), rectified)
+    return sites

@@ -1,0 +1,123 @@
+"""Second moments of what a layer reads: by these redundancy is judged and weights are corrected."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from typing import Any
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .patches import channels_second, output_size, patches, taps
+
+# Patches of up to this many values are read whole; of wider layers, and transposed ones, channels alone.
+MAX_PATCH = 1152
+# Layers that read more than this have no second moments, which would outgrow memory.
+MAX_FEATURES = 4096
+_ROWS = 2048  # of each batch that are read
+
+
+def features_of(module: nn.Module, channels: int) -> int:
+    """Values of a channel that second moments keep apart: the positions of a kernel where patches are small, else 1."""
+    if not isinstance(module, nn.modules.conv._ConvNd) or module.transposed:
+        return 1
+    return taps(module) if channels * taps(module) <= MAX_PATCH else 1
+
+
+class Moments:
+    r"""Running second moments :math:`H = E[x x^\top]` and means of the inputs x that a layer's outputs read.
+
+    For a convolution x is the patch that its kernel covers, zero padding included, where patches are small; else a
+    position's channels. Sums are float64, over a bounded number of positions of every batch, drawn by the batch's number.
+    Batches go into two halves in turn, so that what one half suggests can be checked on the other.
+
+    Args:
+        channels: C.
+        each: values of a channel that are kept apart (`features_of`).
+        device: of the sums.
+
+    Attributes:
+        sums: of [x, 1] times itself for each half, float64, shape [2, C * each + 1, C * each + 1].
+        batches: seen so far.
+    """
+
+    def __init__(self, channels: int, each: int, device: torch.device | str = "cpu") -> None:
+        self.each = each
+        self.batches = 0
+        size = channels * each + 1
+        self.sums = torch.zeros(2, size, size, dtype=torch.float64, device=device)
+
+    @property
+    def channels(self) -> int:
+        return (self.sums.shape[1] - 1) // self.each
+
+    @property
+    def rows(self) -> int:
+        """Positions read."""
+        return round(float(self.sums[:, -1, -1].sum()))
+
+    @torch.no_grad()
+    def update(self, module: nn.Module, a: Tensor) -> None:
+        """Adds a batch.
+
+        Args:
+            module: the layer.
+            a: its input.
+        """
+        x = self._read(module, a.detach())
+        half = self.sums[self.batches % 2]
+        for part in x.to(torch.promote_types(x.dtype, torch.float32)).split(1024):  # short sums lose nothing in float32
+            one = F.pad(part, (0, 1), value=1.0)
+            half += one.T @ one
+        self.batches += 1
+
+    def _read(self, module: nn.Module, a: Tensor) -> Tensor:
+        generator = torch.Generator().manual_seed(self.batches)
+
+        def places(samples: int, positions: int) -> tuple[slice, Tensor]:
+            step = -(-samples // _ROWS)
+            count = max(1, min(positions, _ROWS * step // samples))
+            return slice(None, None, step), torch.randperm(positions, generator=generator)[:count]
+
+        if isinstance(module, nn.modules.conv._ConvNd) and self.each > 1:
+            a = a if a.dim() == len(module.kernel_size) + 2 else a.unsqueeze(0)
+            which, where = places(len(a), math.prod(output_size(module, a)))
+            return patches(module, a[which], where)
+        values = channels_second(module, a)
+        which, where = places(len(values), values.shape[2])
+        return values[which][:, :, where.to(a.device)].transpose(1, 2).flatten(0, 1)
+
+    def merged(self, other: Moments) -> Moments:
+        """Of both together."""
+        both = copy.copy(self)
+        both.sums, both.batches = self.sums + other.sums.to(self.sums.device), self.batches + other.batches
+        return both
+
+    def kept(self, channels: Tensor) -> Moments:
+        """Of these channels alone, in this order."""
+        features = torch.cat([self.columns(channels).flatten(), torch.tensor([self.sums.shape[1] - 1])])
+        left, features = copy.copy(self), features.to(self.sums.device)
+        left.sums = self.sums[:, features][:, :, features]
+        return left
+
+    def state_dict(self) -> dict[str, Any]:
+        """Sums on the CPU, and how many batches they are of."""
+        return {"sums": self.sums.cpu(), "batches": self.batches}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from what `state_dict` returned, for as many features."""
+        self.sums.copy_(state["sums"])
+        self.batches = state["batches"]
+
+    def columns(self, channels: Tensor) -> Tensor:
+        """Numbers of the features that belong to channels: [K] -> [K, each], int64."""
+        return channels[:, None] * self.each + torch.arange(self.each)
+
+    def mean_and_covariance(self, half: int | None = None) -> tuple[Tensor, Tensor]:
+        """Of the features, on the CPU, float64, shapes [F] and [F, F]; of one half, or of both."""
+        sums = (self.sums.sum(0) if half is None else self.sums[half]).cpu()
+        second = sums / sums[-1, -1].clamp_min(1.0)
+        mean = second[:-1, -1]
+        return mean, second[:-1, :-1] - torch.outer(mean, mean)

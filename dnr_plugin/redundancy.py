@@ -1,0 +1,144 @@
+r"""Structured Optimal Brain Surgeon: what a layer loses with a neuron once the other neurons stand in for it.
+
+With the covariance :math:`C` of a layer's inputs and its weights :math:`W`, removing the inputs :math:`G` costs
+
+.. math:: \min_{\Delta} E\lVert \Delta x \rVert^2
+          = \operatorname{tr}\bigl(W_G \, ([C^{-1}]_{GG})^{-1} \, W_G^\top\bigr),
+          \qquad W \mathrel{-}= W_G ([C^{-1}]_{GG})^{-1} [C^{-1}]_{G:}
+
+where the second formula corrects the weights that stay, a constant included. A dead neuron, a constant one and one that
+others reproduce are thus one thing: nothing is lost.
+
+Source: Hassibi and Stork, *Second order derivatives for network pruning: Optimal Brain Surgeon*, NeurIPS 1992; by columns
+of a layer's weights as in Frantar and Alistarh, *Optimal Brain Compression*, NeurIPS 2022.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Damping as a share of the mean variance. In a score: of a singular covariance; what it hides costs next to nothing.
+_DAMPING = 1e-4
+_DAMPINGS = (1e-7, 1e-4, 1e-3, 1e-2, 1e-1)
+_TINY = 1e-30
+
+
+@dataclass
+class Reader:
+    """A layer, or one group of a grouped convolution, that reads the neurons of a group.
+
+    Attributes:
+        covariance: of its inputs, float64, shape [F, F].
+        weights: rows of outputs, in units that compare between layers, float64, shape [O, F].
+        neurons: the neurons that it reads, shape [K].
+        columns: the inputs that carry each of these, shape [K, M].
+    """
+
+    covariance: Tensor
+    weights: Tensor
+    neurons: Tensor
+    columns: Tensor
+
+
+def damages(readers: Sequence[Reader], neurons: int) -> tuple[list[int], Tensor]:
+    """Removes neurons one by one, always the one that costs least, correcting what remains after each.
+
+    Args:
+        readers: all layers that read the neurons.
+        neurons: n.
+
+    Returns:
+        Neurons in the order in which they go, and what each costs on top of those before, summed over all readers; >= 0,
+        float64, shape [n].
+    """
+    states = [_State(reader) for reader in readers]
+    left = torch.ones(neurons, dtype=torch.bool)
+    order, costs = [], torch.zeros(neurons, dtype=torch.float64)
+    for step in range(neurons):
+        total = torch.zeros(neurons, dtype=torch.float64)
+        for state in states:
+            total.index_add_(0, state.reader.neurons, state.costs())
+        total[~left] = torch.inf
+        gone = int(total.argmin())
+        order.append(gone)
+        costs[step] = total[gone].clamp_min(0.0)
+        left[gone] = False
+        for state in states:
+            state.remove(gone)
+    return order, costs
+
+
+class _State:
+    """Inverse covariance and corrected weights of one reader, as neurons go."""
+
+    def __init__(self, reader: Reader) -> None:
+        self.reader = reader
+        self.weights = reader.weights.clone()
+        damped = reader.covariance + _ridge(reader.covariance, _DAMPING)
+        self.inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+        self.gone = torch.zeros(len(reader.neurons), dtype=torch.bool)
+
+    def costs(self) -> Tensor:
+        """Of each neuron read, as things are now; 0 of those gone."""
+        columns = self.reader.columns
+        if columns.shape[1] == 1:
+            column = columns[:, 0]
+            return self.weights.square().sum(0)[column] / self.inverse.diagonal()[column].clamp_min(_TINY)
+        blocks = self.inverse[columns[:, :, None], columns[:, None, :]]  # [K, M, M]
+        blocks = blocks + torch.eye(columns.shape[1]).to(blocks) * self.gone[:, None, None]
+        weights = self.weights[:, columns].permute(1, 2, 0)  # [K, M, O]
+        return (weights * torch.linalg.solve(blocks, weights)).sum((1, 2))
+
+    def remove(self, neuron: int) -> None:
+        for place in (self.reader.neurons == neuron).nonzero().flatten().tolist():
+            gone = self.reader.columns[place]
+            correction = torch.linalg.solve(self.inverse[gone][:, gone], self.inverse[gone])  # [M, F]
+            self.weights -= self.weights[:, gone] @ correction
+            self.inverse -= self.inverse[:, gone] @ correction
+            self.weights[:, gone] = 0.0
+            self.inverse[gone] = 0.0
+            self.inverse[:, gone] = 0.0
+            self.gone[place] = True
+
+
+def _ridge(covariance: Tensor, damping: float) -> Tensor:
+    size = float(covariance.diagonal().mean()) if len(covariance) else 0.0
+    return torch.eye(len(covariance), dtype=torch.float64) * (damping * size + _TINY)
+
+
+def reproduce(covariances: Sequence[Tensor], gone: Tensor, weights: Tensor) -> Tensor:
+    """Weights of the remaining inputs that best reproduce what the removed ones contributed.
+
+    Args:
+        covariances: of all inputs, shape [F, F] each: of all samples, then, for the choice of a damping, of one half of
+            them and of the other; or of all samples alone.
+        gone: which inputs go, bool, shape [F].
+        weights: of all inputs, float64, shape [O, F].
+
+    Returns:
+        What to add to the weights of the inputs that stay, shape [O, F - |gone|].
+    """
+
+    def fit(covariance: Tensor, damping: float) -> Tensor:
+        kept = covariance[~gone][:, ~gone]
+        cross = weights[:, gone] @ covariance[gone][:, ~gone]
+        return torch.cholesky_solve(cross.T, torch.linalg.cholesky(kept + _ridge(kept, damping))).T
+
+    def error(change: Tensor, covariance: Tensor) -> float:
+        difference = torch.empty_like(weights)
+        difference[:, gone], difference[:, ~gone] = -weights[:, gone], change
+        return float(((difference @ covariance) * difference).sum())
+
+    whole, *halves = covariances
+    damping = _DAMPING
+    if len(halves) == 2:
+        one, other = halves
+        found = {
+            d: error(fit(one, d), other) + error(fit(other, d), one) for d in _DAMPINGS
+        }
+        damping = min(found, key=lambda d: found[d])
+    return fit(whole, damping)
