@@ -16,6 +16,7 @@ from .observe import Observer
 from .optimizer import follow_optimizer
 from .planning import plan_removal
 from .removal import prune_neurons, remove_dead_neurons
+from .repair import repair_network
 
 __all__ = [
     "DyingNeuronDynamics",
@@ -33,6 +34,7 @@ __all__ = [
     "prune_neurons",
     "recalibrate_batchnorm",
     "remove_dead_neurons",
+    "repair_network",
     "run_recipe",
     "save_pruned",
 ]

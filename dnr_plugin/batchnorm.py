@@ -154,6 +154,16 @@ def norm_behind(graph: tp.DependencyGraph, module: nn.Module) -> nn.modules.batc
     return None
 
 
+def affine(norm: nn.modules.batchnorm._BatchNorm) -> tuple[Tensor, Tensor]:
+    """A BatchNorm in eval mode as ``scale * y + shift``; float64, shape [out] each."""
+    assert norm.running_mean is not None and norm.running_var is not None
+    scale = (norm.running_var.double() + norm.eps).rsqrt()
+    shift = torch.zeros_like(scale)
+    if norm.affine:
+        scale, shift = scale * norm.weight.detach().double(), norm.bias.detach().double()
+    return scale, shift - scale * norm.running_mean.double()
+
+
 def _shift(evidence: Evidence) -> Tensor:
     """Change of each output that the removed channels' means cause, float64, shape [out]."""
     module, activity, channels = evidence.use.module, evidence.activity, evidence.use.channels

@@ -251,7 +251,7 @@ def check_forward(model: nn.Module, example: Tensor, num_classes: int) -> None:
 
 
 def check_score(recipe: Recipe) -> None:
-    if recipe.prune.score not in SCORES:
+    if recipe.prune.score is not None and recipe.prune.score not in SCORES:
         raise InputError(
             f"prune.score: expected one of {', '.join(SCORES)}, found {recipe.prune.score!r}"
             f"{did_you_mean(recipe.prune.score, SCORES)}"

@@ -8,7 +8,7 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from .batchnorm import norm_behind, place_of_constant
+from .batchnorm import affine, norm_behind, place_of_constant
 from .neurons import Evidence
 from .redundancy import Reader, damages, reproduce
 
@@ -93,7 +93,7 @@ def _readers(graph: tp.DependencyGraph, e: Evidence) -> list[Reader]:
         else:
             part = scale.chunk(len(matrices))[number]
             scaled = weights * part.repeat_interleave(len(weights) // len(part))[:, None]
-        neurons, counts = e.use.neurons[inside].unique(return_counts=True)
+        neurons, counts = torch.unique(e.use.neurons[inside], return_counts=True)
         if len(counts.unique()) > 1:
             raise LookupError("its neurons have different numbers of channels at one layer")
         order = e.use.neurons[inside].argsort(stable=True)
@@ -108,8 +108,7 @@ def _scale(graph: tp.DependencyGraph, module: nn.Module) -> Tensor | None:
     norm = norm_behind(graph, module)
     if norm is None:
         return None
-    scale = (norm.running_var.double() + norm.eps).rsqrt()
-    return (scale * norm.weight.detach().double().abs() if norm.affine else scale).cpu()
+    return affine(norm)[0].abs().cpu()
 
 
 def redundancy(graph: tp.DependencyGraph, evidence: Sequence[Evidence], neurons: int) -> Tensor:
@@ -131,7 +130,7 @@ def redundancy(graph: tp.DependencyGraph, evidence: Sequence[Evidence], neurons:
 
 @torch.no_grad()
 def correct(graph: tp.DependencyGraph, e: Evidence) -> str | None:
-    """Lets the inputs that stay stand in for those of ``e.use``, which are about to be removed, in a consumer's weights.
+    """Corrects a consumer's weights, so that inputs that stay stand in for those of ``e.use``, about to be removed.
 
     What the removed ones contribute on average goes into its bias or the BatchNorm behind it.
 
@@ -163,6 +162,6 @@ def correct(graph: tp.DependencyGraph, e: Evidence) -> str | None:
         shifts.append(before - weights[:, stays] @ mean[inside][stays])
     _assign(module, each, matrices)
     if isinstance(place, Tensor):
-        shift = torch.cat(shifts).view(place.numel(), -1).sum(1).to(place)  # of a kernel's positions, where these are rows
+        shift = torch.cat(shifts).view(place.numel(), -1).sum(1).to(place)  # over a kernel's positions
         place.add_(shift if place is module.bias else -shift)
     return None

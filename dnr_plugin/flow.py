@@ -32,12 +32,14 @@ class Site:
         sum: number of the call (`Calls`) that adds them to what was computed before; None where none does.
         other: number of the call that computed what they are added to; None like ``sum``.
         rectified: whether a ReLU follows, and nothing else reads them.
+        size: values that the layer gives for one sample.
     """
 
     norm: str | None = None
     sum: int | None = None
     other: int | None = None
     rectified: bool = False
+    size: int = 0
 
 
 class Calls(TorchFunctionMode):
@@ -145,7 +147,9 @@ def trace_sites(model: nn.Module, inputs: Any) -> dict[str, Site]:
         inputs: as Torch-Pruning takes them.
     """
     names = module_names(model)
-    trace, again = _Trace(), set()
+    trace = _Trace()
+    again: set[str] = set()
+    sizes: dict[str, int] = {}
     handles = []
 
     def before(module: nn.Module, args: Any) -> None:
@@ -157,6 +161,7 @@ def trace_sites(model: nn.Module, inputs: Any) -> dict[str, Site]:
     def after(module: nn.Module, args: Any, output: Any) -> None:
         if isinstance(output, Tensor):
             trace.follow(output, names[module])
+            sizes[names[module]] = output.numel() // max(len(output), 1)
 
     def normed(module: nn.Module, args: Any, output: Any) -> None:
         value = trace.value(args[0]) if args else None
@@ -183,5 +188,6 @@ def trace_sites(model: nn.Module, inputs: Any) -> dict[str, Site]:
         if name in again:
             continue
         rectified = name in trace.last and len(r := trace.last[name].readers) == 1 and r[0] in _RELU
-        sites[name] = Site(trace.norms.get(name), *trace.sums.get(name, (None, None)), rectified)
+        total, other = trace.sums.get(name, (None, None))
+        sites[name] = Site(trace.norms.get(name), total, other, rectified, sizes.get(name, 0))
     return sites

@@ -171,10 +171,8 @@ class DyingNeuronImportance(tp.importance.Importance):  # type: ignore[misc]
         if not found:
             return None
         n = len(group[0].idxs)
-        if self.score == "redundancy":
-            score = redundancy(group._DG, found, n)
-        else:
-            score = score_neurons(self.score, found, n)
+        redundant = self.score == "redundancy"
+        score = redundancy(group._DG, found, n) if redundant else score_neurons(self.score, found, n)
         tie_break = score_neurons("magnitude", found, n)
         order = _lexicographic(score, tie_break)
         dead = judge(found, n).dead

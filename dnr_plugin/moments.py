@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Mapping
 from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -30,8 +31,8 @@ class Moments:
     r"""Running second moments :math:`H = E[x x^\top]` and means of the inputs x that a layer's outputs read.
 
     For a convolution x is the patch that its kernel covers, zero padding included, where patches are small; else a
-    position's channels. Sums are float64, over a bounded number of positions of every batch, drawn by the batch's number.
-    Batches go into two halves in turn, so that what one half suggests can be checked on the other.
+    position's channels. Sums are float64, over a bounded number of positions of every batch, drawn by the batch's
+    number. Batches go into two halves in turn, so that what one half suggests can be checked on the other.
 
     Args:
         channels: C.
@@ -68,7 +69,8 @@ class Moments:
         """
         x = self._read(module, a.detach())
         half = self.sums[self.batches % 2]
-        for part in x.to(torch.promote_types(x.dtype, torch.float32)).split(1024):  # short sums lose nothing in float32
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        for part in torch.split(wide, 1024):  # sums this short lose nothing in float32
             one = F.pad(part, (0, 1), value=1.0)
             half += one.T @ one
         self.batches += 1

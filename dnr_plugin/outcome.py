@@ -66,6 +66,7 @@ def outcome(
         "reactivated": dynamics["reactivated"] if dynamics else 0,
         "dynamics": dynamics,
         "exact_removal": {"neurons": removal["exact_neurons"], "max_abs_diff": removal["max_abs_diff"]},
+        "repair": removal.get("repair"),
         "layers": layer_rows(before, after),
         "skipped": [{"layer": layer, "reason": reason} for layer, reason in removal["skipped"]],
         "unsupported_ops": after.unsupported_ops,

@@ -6,11 +6,11 @@ With the covariance :math:`C` of a layer's inputs and its weights :math:`W`, rem
           = \operatorname{tr}\bigl(W_G \, ([C^{-1}]_{GG})^{-1} \, W_G^\top\bigr),
           \qquad W \mathrel{-}= W_G ([C^{-1}]_{GG})^{-1} [C^{-1}]_{G:}
 
-where the second formula corrects the weights that stay, a constant included. A dead neuron, a constant one and one that
-others reproduce are thus one thing: nothing is lost.
+where the second formula corrects the weights that stay, a constant included. A dead neuron, a constant one and one
+that others reproduce are thus one thing: nothing is lost.
 
-Source: Hassibi and Stork, *Second order derivatives for network pruning: Optimal Brain Surgeon*, NeurIPS 1992; by columns
-of a layer's weights as in Frantar and Alistarh, *Optimal Brain Compression*, NeurIPS 2022.
+Source: Hassibi and Stork, *Second order derivatives for network pruning: Optimal Brain Surgeon*, NeurIPS 1992; by
+columns of a layer's weights as in Frantar and Alistarh, *Optimal Brain Compression*, NeurIPS 2022.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ def damages(readers: Sequence[Reader], neurons: int) -> tuple[list[int], Tensor]
         neurons: n.
 
     Returns:
-        Neurons in the order in which they go, and what each costs on top of those before, summed over all readers; >= 0,
-        float64, shape [n].
+        Neurons in the order in which they go, and what each costs on top of those before, summed over all readers;
+        >= 0, float64, shape [n].
     """
     states = [_State(reader) for reader in readers]
     left = torch.ones(neurons, dtype=torch.bool)
@@ -91,7 +91,8 @@ class _State:
         blocks = self.inverse[columns[:, :, None], columns[:, None, :]]  # [K, M, M]
         blocks = blocks + torch.eye(columns.shape[1]).to(blocks) * self.gone[:, None, None]
         weights = self.weights[:, columns].permute(1, 2, 0)  # [K, M, O]
-        return (weights * torch.linalg.solve(blocks, weights)).sum((1, 2))
+        cost: Tensor = (weights * torch.linalg.solve(blocks, weights)).sum((1, 2))
+        return cost
 
     def remove(self, neuron: int) -> None:
         for place in (self.reader.neurons == neuron).nonzero().flatten().tolist():
@@ -137,8 +138,6 @@ def reproduce(covariances: Sequence[Tensor], gone: Tensor, weights: Tensor) -> T
     damping = _DAMPING
     if len(halves) == 2:
         one, other = halves
-        found = {
-            d: error(fit(one, d), other) + error(fit(other, d), one) for d in _DAMPINGS
-        }
+        found = {d: error(fit(one, d), other) + error(fit(other, d), one) for d in _DAMPINGS}
         damping = min(found, key=lambda d: found[d])
     return fit(whole, damping)

@@ -15,22 +15,24 @@ labels and no gradients. What is fitted is what matters:
 - where a ReLU follows, its result: outputs that both networks have below zero need not agree (Zhang et al.,
   *Accelerating Very Deep Convolutional Networks*, TPAMI 2016, section 2.2).
 
-Source: He et al., *Channel Pruning for Accelerating Very Deep Neural Networks*, ICCV 2017, section 3, extended from one
-layer at a time to patches with a damping :math:`\lambda` that held-out images choose. ``docs/criterion.md`` has what each part gained.
+Source: He et al., *Channel Pruning for Accelerating Very Deep Neural Networks*, ICCV 2017, section 3, with a damping
+:math:`\lambda` that held-out images choose. ``docs/criterion.md`` has what each part gained.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import random
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .data import derive_seed
-from .errors import RunError
+from .batchnorm import affine
+from .errors import InputError, RunError
 from .flow import Calls, Site, trace_sites
 from .graph import build_graph, kept_modes
 from .inputs import call
@@ -54,13 +56,13 @@ class LayerRepair:
         layer: its name.
         error_before, error_after: mean square of what its outputs lack, behind a BatchNorm and together with what they
             are added to, relative to their variance in the dense network; on all images.
-        damping: lambda, as a share of the mean variance of its inputs.
+        damping: lambda, as a share of the mean variance of its inputs; None where the layer was left as it was.
         left: why it was left as it was, or None.
     """
 
     layer: str
-    error_before: float | None = None
-    error_after: float | None = None
+    error_before: float = 0.0
+    error_after: float = 0.0
     damping: float | None = None
     left: str | None = None
 
@@ -95,7 +97,8 @@ def kept_channels(dense: nn.Module, example_inputs: Any, removals: Mapping[str, 
     for root, neurons in removals.items():
         if not neurons:
             continue
-        group = graph.get_pruning_group(modules[root], graph.get_pruner_of_module(modules[root]).prune_out_channels, [*neurons])
+        prune = graph.get_pruner_of_module(modules[root]).prune_out_channels
+        group = graph.get_pruning_group(modules[root], prune, [*neurons])
         for dep, channels in group:
             name = names.get(dep.target.module)
             if name in kept:
@@ -110,9 +113,10 @@ def repair_network(
     dense: nn.Module,
     example_inputs: Any,
     removals: Mapping[str, Sequence[int]],
-    images: Tensor,
+    images: Iterable[Tensor],
     *,
     rows: int = 16384,
+    memory: int = 2**29,
     seed: int = 0,
 ) -> list[LayerRepair]:
     """Fits a pruned model, layer by layer in the order they run, to what the dense one gave on some images.
@@ -124,9 +128,9 @@ def repair_network(
         dense: the network before anything was removed, on the same device.
         example_inputs: as Torch-Pruning takes them.
         removals: root layer -> neurons that were removed, numbered as in ``dense``.
-        images: inputs like those of training, shape [N, ...], on the device. The pruned model runs on all of them at once,
-            so memory grows with N.
+        images: batches of inputs like those of training, on the device; read as far as ``memory`` goes.
         rows: places, of all images together, at which a layer's outputs are compared.
+        memory: bytes of the largest output of a layer. The pruned model runs on all images at once.
         seed: draws the places.
 
     Returns:
@@ -137,7 +141,8 @@ def repair_network(
     """
     sites = trace_sites(dense, example_inputs)
     kept = kept_channels(dense, example_inputs, removals)
-    places = {name: _Places(derive_seed(seed, name), rows, len(images)) for name in sites}
+    images = _some(images, memory // (4 * max(site.size for site in sites.values())))
+    places = {name: _Places(f"{seed} {name}", rows, len(images)) for name in sites}
     targets = _targets(dense, sites, places, images)
     done = {name: LayerRepair(name, left="it runs more than once, or not at all") for name in kept if name not in sites}
     modules = {name: module for module, name in module_names(model).items()}
@@ -154,6 +159,7 @@ def repair_network(
                 if site.other is not None:
                     other = places[name].pick(channels_second(module, others.pop(site.other)), 0)
                 norm = modules[site.norm] if site.norm is not None else None
+                assert norm is None or isinstance(norm, nn.modules.batchnorm._BatchNorm)
                 done[name] = _fit_layer(name, module, norm, site.rectified, args[0], target, other, places[name])
 
         return hook
@@ -169,6 +175,20 @@ def repair_network(
     return list(done.values())
 
 
+def _some(batches: Iterable[Tensor], most: int) -> Tensor:
+    """The first images, at most so many, but one batch at least of 64."""
+    found: list[Tensor] = []
+    left = max(most, _CHUNK)
+    for batch in batches:
+        found.append(batch[:left])
+        left -= len(found[-1])
+        if left == 0:
+            break
+    if not found:
+        raise InputError("images: expected at least one batch, found none")
+    return torch.cat(found)
+
+
 def _keeper(results: dict[int, Tensor], number: int) -> Callable[[Tensor], None]:
     def keep(result: Tensor) -> None:
         results[number] = result
@@ -179,13 +199,13 @@ def _keeper(results: dict[int, Tensor], number: int) -> Callable[[Tensor], None]
 class _Places:
     """Positions at which one layer is read: new ones for every few images, the same in both networks."""
 
-    def __init__(self, seed: int, rows: int, images: int) -> None:
+    def __init__(self, seed: str, rows: int, images: int) -> None:
         self.seed, self.each = seed, max(1, rows // images)
         self.positions = 0
 
     def of_chunk(self, first: int) -> Tensor:
         """Flat positions of the outputs of the images from ``first`` on, shape [K]."""
-        generator = torch.Generator().manual_seed(derive_seed(self.seed, first))
+        generator = torch.Generator().manual_seed(random.Random(f"{self.seed} {first}").getrandbits(63))
         return torch.randperm(self.positions, generator=generator)[: self.each]
 
     def pick(self, values: Tensor, first: int) -> Tensor:
@@ -210,7 +230,8 @@ def _targets(
         places[name].positions = values.shape[2]
         found[name].append(places[name].pick(values, first))
 
-    wanted, handles = {}, []
+    wanted: dict[int, Callable[[Tensor], None]] = {}
+    handles = []
     calls = Calls(wanted)
 
     def after(name: str) -> Callable[[nn.Module, Any, Any], None]:
@@ -222,7 +243,7 @@ def _targets(
 
     for name, site in sites.items():
         if site.sum is not None:
-            wanted[site.sum] = lambda result, name=name: read(name, result)
+            wanted[site.sum] = partial(read, name)
         else:
             handles.append(modules[site.norm or name].register_forward_hook(after(name)))
     try:
@@ -249,7 +270,7 @@ def _read(module: nn.Module, a: Tensor, places: _Places) -> Tensor:
 
 @dataclass
 class _Task:
-    """Least squares for the outputs that read the same inputs: all of a layer, or of one group of a grouped convolution.
+    """Least squares for outputs that read the same inputs: all of a layer, or a group of a grouped convolution.
 
     Attributes:
         x: inputs, shape [R, in].
@@ -330,7 +351,9 @@ class _Moments:
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """Sum over rows of the outer products of [a, 1] and [b, 1], float64."""
     total = a.new_zeros(a.shape[1] + 1, b.shape[1] + 1, dtype=torch.float64)
-    for left, right in zip(a.split(1024), b.split(1024), strict=True):  # sums this short lose nothing in float32
+    for left, right in zip(
+        torch.split(a, 1024), torch.split(b, 1024), strict=True
+    ):  # sums this short lose nothing in float32
         total += (F.pad(left, (0, 1), value=1.0).T @ F.pad(right, (0, 1), value=1.0)).double()
     return total
 
@@ -362,7 +385,7 @@ class _Solver:
 
 
 def _fit_layer(
-    name: str, module: nn.Module, norm: nn.Module | None, rectified: bool, a: Tensor, goal: Tensor,
+    name: str, module: nn.Module, norm: nn.modules.batchnorm._BatchNorm | None, rectified: bool, a: Tensor, goal: Tensor,
     other: Tensor | None, places: _Places,
 ) -> LayerRepair:  # fmt: skip
     """Fits one layer in place.
@@ -392,12 +415,15 @@ def _fit_layer(
     constants = weights.new_zeros(len(weights)) if bias is None else bias.detach().double()
     scale, shift = torch.ones_like(constants), torch.zeros_like(constants)
     if norm is not None:
-        scale, shift = _affine(norm)
+        scale, shift = affine(norm)
+        scale = torch.where(scale.abs() < _FLAT, _FLAT, scale)  # switched off: whatever it is multiplied with
     groups = int(getattr(module, "groups", 1))
-    columns = [value.chunk(groups, 1) for value in (x, goal, other)]
-    outputs = [value.chunk(groups) for value in (weights * scale[:, None], constants * scale + shift)]
+    parts = zip(
+        x.chunk(groups, 1), goal.chunk(groups, 1), other.chunk(groups, 1),
+        (weights * scale[:, None]).chunk(groups), (constants * scale + shift).chunk(groups), strict=True,
+    )  # fmt: skip
     movable = norm is not None or bias is not None
-    tasks = [_Task(*part, movable, rectified) for part in zip(*columns, *outputs, strict=True)]
+    tasks = [_Task(*part, constant=movable, rectified=rectified) for part in parts]
     variance = max(sum(task.variance for task in tasks), 1e-30)
     before = sum(task.lacking(task.weights, task.constants) for task in tasks) / variance
     if before < _SAME:
@@ -414,16 +440,3 @@ def _fit_layer(
         assert isinstance(norm.running_mean, Tensor)
         norm.running_mean.sub_(constants)
     return LayerRepair(name, before, after, max((t.damping for t in tasks if t.damping is not None), default=None))
-
-
-def _affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
-    """A BatchNorm in eval mode as ``scale * y + shift``, float64, shape [out] each; no scale is quite zero."""
-    assert isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.running_mean is not None
-    assert norm.running_var is not None
-    scale = (norm.running_var.double() + norm.eps).rsqrt()
-    shift = torch.zeros_like(scale)
-    if norm.affine:
-        scale = scale * norm.weight.double()
-        scale = torch.where(scale.abs() < _FLAT, _FLAT, scale)  # a channel switched off: whatever it is multiplied with
-        shift = norm.bias.double()
-    return scale, shift - scale * norm.running_mean.double()

@@ -162,6 +162,13 @@ def facts(report: Mapping[str, Any]) -> list[str]:
         )
     else:
         lines.append(f"{found}; no removed neuron was exactly zero.")
+    if (repair := report.get("repair")) is not None:
+        lines.append(
+            f"Repair fitted {repair['layers']} layers to the dense network's: on average they lacked "
+            f"{_percent(repair['error_before'])} of the variance of what they gave, {_percent(repair['error_after'])} "
+            "after it."
+        )
+        lines += [f"Repair left {layer} as it was: {reason}." for layer, reason in repair["left"]]
     lines += _dynamics_facts(report.get("dynamics"), report.get("mode") == "dynamic")
     if report["skipped"]:
         named = "; ".join(f"{item['layer']} ({item['reason']})" for item in report["skipped"])

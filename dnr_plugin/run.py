@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import json
 import os
@@ -43,6 +44,7 @@ from .outcome import outcome
 from .planning import KEPT_TARGETS, Baseline, Plan, baseline, measure, plan_removal, reached
 from .recipe import write_recipe
 from .removal import output_difference, prune_neurons, renumbered
+from .repair import repair_network
 from .schema import Recipe, TargetOptions
 from .train import Progress, Trainer, evaluate
 
@@ -153,6 +155,8 @@ class _Run:
         self.stage, self.epoch = "train", 0
         self.results: dict[str, Any] = {"seconds": {"train": 0.0, "prune": 0.0, "finetune": 0.0}}
         self.events = folder / "events.jsonl"
+        self.unpruned: nn.Module | None = None  # while neurons are removed
+        self.gone: dict[str, list[int]] = {}  # removed by steps so far, as numbered in the dense network
 
     def train_dense(self, resume: bool) -> Mapping[str, Any] | None:
         """Everything up to the removal; returns the state of an interrupted stage that comes later."""
@@ -280,7 +284,8 @@ class _Run:
         """Observes and removes, in the recipe's number of steps."""
         options = self.recipe.prune
         target = _given(options.target)
-        done: dict[str, Any] = {"skipped": [], "exact_neurons": 0, "max_abs_diff": 0.0, "reached": True}
+        done: dict[str, Any] = {"skipped": [], "exact_neurons": 0, "max_abs_diff": 0.0, "reached": True, "repair": None}
+        self.unpruned, self.gone = copy.deepcopy(self.model) if options.repair else None, {}
         for step in range(1, options.steps + 1):
             importance = self.importance()
             self.observe(importance)
@@ -316,7 +321,10 @@ class _Run:
     def importance(self) -> DyingNeuronImportance:
         options = self.recipe.prune
         read = options.observe
-        return DyingNeuronImportance(options.score, threshold=read.threshold, share=read.share, bins=read.bins)
+        moments = options.criterion == "redundancy"
+        return DyingNeuronImportance(
+            options.criterion, threshold=read.threshold, share=read.share, bins=read.bins, moments=moments
+        )
 
     def observe(self, importance: DyingNeuronImportance) -> None:
         wanted = self.recipe.prune.observe
@@ -344,7 +352,9 @@ class _Run:
             )
         rest = {name: renumbered(gone, exact.get(name, [])) for name, gone in plan.removals.items()}
         prune_neurons(self.model, self.example, rest, importance=importance, fold=self.recipe.prune.fold)
-        recalibrate = self.recipe.prune.recalibrate
+        if self.recipe.prune.repair:
+            self.repair(plan, done)
+        recalibrate = self.recipe.prune.recalibration
         if recalibrate:
             batches = -(-min(recalibrate, len(self.train_images)) // _BATCH)
             recalibrate_batchnorm(self.model, self.calibration(recalibrate, "recalibrating BatchNorm"), batches)
@@ -353,6 +363,23 @@ class _Run:
                 event="removed", step=step, layer=name, removed=len(gone), exactly_zero=len(plan.zero.get(name, [])),
                 neurons=plan.sizes[name] - len(gone),
             )  # fmt: skip
+
+    def repair(self, plan: Plan, done: dict[str, Any]) -> None:
+        """Fits the layers to the dense network's, whatever was removed in earlier steps."""
+        assert self.unpruned is not None
+        for name, neurons in plan.removals.items():
+            earlier = self.gone.get(name, [])
+            there = [n for n in range(plan.sizes[name] + len(earlier)) if n not in set(earlier)]
+            self.gone[name] = sorted([*earlier, *(there[n] for n in neurons)])
+        images = self.calibration(self.recipe.prune.observe.samples, "repairing")
+        layers = repair_network(self.model, self.unpruned, self.example, self.gone, images, seed=self.recipe.seed)
+        errors = [(row.error_before, row.error_after) for row in layers if row.damping is not None]
+        done["repair"] = {
+            "layers": len(errors),
+            "error_before": sum(before for before, _ in errors) / max(len(errors), 1),
+            "error_after": sum(after for _, after in errors) / max(len(errors), 1),
+            "left": [(row.layer, row.left) for row in layers if row.left is not None],
+        }
 
     def finish(self) -> dict[str, Any]:
         """Measures the result and writes everything that stays."""

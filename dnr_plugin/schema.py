@@ -269,13 +269,21 @@ class PruneOptions(Section):
         default=DynamicsOptions(),
         description="when to look at the neurons while training, and what to remove in mode dynamic",
     )
-    score: str = Field(
-        default="variation",
-        description="what ranks the neurons, low ones first, dead ones before all: variation, contribution, magnitude, "
-        "dormancy, firing_rate, sample_activity, entropy or on_off_entropy",
+    score: str | None = Field(
+        default=None,
+        description="what ranks the neurons, low ones first, dead ones before all: redundancy (after_training only, "
+        "and its default), variation (the default of dynamic), contribution, magnitude, dormancy, firing_rate, "
+        "sample_activity, entropy or on_off_entropy",
     )
-    scope: Literal["local", "global", "isomorphic"] = Field(
-        default="local", description="rank within each layer, over the whole network, or among layers of like structure"
+    scope: Literal["local", "global", "isomorphic", "cost_aware"] = Field(
+        default="local",
+        description="rank within each layer, over the whole network, among layers of like structure, or over the whole "
+        "network by score for what the removal saves",
+    )
+    repair: bool = Field(
+        default=True,
+        description="after_training only: fit the layers that are left, in closed form, to what the dense network's "
+        "gave on the observed images",
     )
     steps: int = Field(
         default=1, ge=1, le=1000, description="after_training only: observe and remove in this many equal steps"
@@ -288,10 +296,11 @@ class PruneOptions(Section):
         description="move a removed neuron's mean into the next bias or BatchNorm; where recalibrate follows, it takes "
         "the place of this behind a BatchNorm",
     )
-    recalibrate: int = Field(
-        default=2048,
+    recalibrate: int | None = Field(
+        default=None,
         ge=0,
-        description="after_training only: training images on which BatchNorm statistics are taken anew; 0: none",
+        description="after_training only: training images on which BatchNorm statistics are taken anew; 0: none; by "
+        "default 2048 without repair, and none with it, which fits them as well",
     )
     observe: ObserveOptions = Field(
         default=ObserveOptions(),
@@ -299,12 +308,25 @@ class PruneOptions(Section):
         "before each check",
     )
 
+    @property
+    def criterion(self) -> str:
+        """The score that ranks the neurons."""
+        return self.score or ("redundancy" if self.mode == "after_training" else "variation")
+
+    @property
+    def recalibration(self) -> int:
+        """Images on which BatchNorm statistics are taken anew."""
+        default = 0 if self.repair else 2048
+        return default if self.recalibrate is None else self.recalibrate
+
     @model_validator(mode="after")
     def _dead_at_once(self) -> PruneOptions:
         if self.target is not None and self.target.dead and self.steps > 1:
             raise ValueError(f"steps: expected 1 with target dead, which has no steps, found {self.steps}")
-        if self.steps > 1 and self.recalibrate == 0:
-            raise ValueError("recalibrate: expected above 0 with several steps, which observe in between, found 0")
+        if self.steps > 1 and self.recalibrate == 0 and not self.repair:
+            raise ValueError(
+                "recalibrate: expected above 0, or repair, with several steps, which observe in between, found 0"
+            )
         return self
 
     @model_validator(mode="after")
@@ -314,14 +336,26 @@ class PruneOptions(Section):
             raise ValueError(f"target: expected {expected}, found {self.target.kind if self.target else 'nothing'}")
         unused = {
             "after_training": [],
-            "dynamic": ["steps", "recalibrate"],
-            "watch": ["steps", "recalibrate", "fold", "score", "scope", "round_to", "max_pruning_ratio", "ignored"],
+            "dynamic": ["steps", "recalibrate", "repair"],
+            "watch": [
+                "steps",
+                "recalibrate",
+                "repair",
+                "fold",
+                "score",
+                "scope",
+                "round_to",
+                "max_pruning_ratio",
+                "ignored",
+            ],
         }[self.mode]
         for name in unused:
             value = getattr(self, name)
             if value != type(self).model_fields[name].default:
                 found = ", ".join(value) if isinstance(value, list) else str(value).lower()
                 raise ValueError(f"{name}: expected nothing with mode {self.mode}, found {found}")
+        if self.mode == "dynamic" and self.score == "redundancy":
+            raise ValueError("score: expected another with mode dynamic, which has no repair, found redundancy")
         given = [name for name, value in self.dynamics if value != DynamicsOptions.model_fields[name].default]
         if self.mode != "dynamic" and set(given) - {"check_every"}:
             found = ", ".join(name for name in given if name != "check_every")

@@ -67,7 +67,7 @@ class Trainer:
         self, model: nn.Module, images: ImageSource, options: TrainOptions, seed: int, augment: Iterable[str] = ()
     ) -> None:
         if options.amp:  # the layout in which 16-bit convolutions are fast, on a CPU as well
-            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            model.to(memory_format=torch.channels_last)
         self.model, self.images, self.options, self.seed = model, images, options, seed
         self.augment = tuple(augment)
         self.dynamics: DyingNeuronDynamics | None = None
