@@ -161,7 +161,8 @@ def trace_sites(model: nn.Module, inputs: Any) -> dict[str, Site]:
     def after(module: nn.Module, args: Any, output: Any) -> None:
         if isinstance(output, Tensor):
             trace.follow(output, names[module])
-            sizes[names[module]] = output.numel() // max(len(output), 1)
+            with trace.paused():
+                sizes[names[module]] = output.numel() // max(len(output), 1)
 
     def normed(module: nn.Module, args: Any, output: Any) -> None:
         value = trace.value(args[0]) if args else None

@@ -18,6 +18,7 @@ MAX_PATCH = 1152
 # Layers that read more than this have no second moments, which would outgrow memory.
 MAX_FEATURES = 4096
 _ROWS = 2048  # of each batch that are read
+_ROUNDING = 1e-6  # of sums of float32 products
 
 
 def features_of(module: nn.Module, channels: int) -> int:
@@ -122,4 +123,6 @@ class Moments:
         sums = (self.sums.sum(0) if half is None else self.sums[half]).cpu()
         second = sums / sums[-1, -1].clamp_min(1.0)
         mean = second[:-1, -1]
-        return mean, second[:-1, :-1] - torch.outer(mean, mean)
+        # where means are large the difference is of rounding, and may be negative
+        rounding = _ROUNDING * second[:-1, :-1].diagonal().mean() * torch.eye(len(mean), dtype=torch.float64)
+        return mean, second[:-1, :-1] - torch.outer(mean, mean) + rounding

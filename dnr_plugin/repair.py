@@ -115,7 +115,7 @@ def repair_network(
     removals: Mapping[str, Sequence[int]],
     images: Iterable[Tensor],
     *,
-    rows: int = 16384,
+    rows: int = 32768,
     memory: int = 2**29,
     seed: int = 0,
 ) -> list[LayerRepair]:
@@ -154,6 +154,8 @@ def repair_network(
         def hook(module: nn.Module, args: Any) -> None:
             with calls.paused():
                 site = sites[name]
+                if name not in targets or (site.other is not None and site.other not in others):
+                    raise RunError(f"{name}: the pruned model was expected to run like the dense one, found otherwise")
                 target = targets.pop(name)[:, kept[name].outputs.to(images.device)]
                 other = None
                 if site.other is not None:
@@ -293,6 +295,14 @@ class _Task:
 
     def fit(self) -> None:
         """Chooses a damping on the last rows and fits to all of them."""
+        center = self.x.mean(0) * self.constant  # means that are large would drown the moments in rounding
+        self.x = self.x - center
+        self.constants = self.constants + self.weights @ center.double()
+        self._fit()
+        self.x = self.x + center
+        self.constants = self.constants - self.weights @ center.double()
+
+    def _fit(self) -> None:
         share = max(1, round(len(self.x) * (1.0 - _HELD_OUT)))
         fitted, held = slice(None, share), slice(share, None)
         y = self.goal - self.other
@@ -385,9 +395,15 @@ class _Solver:
 
 
 def _fit_layer(
-    name: str, module: nn.Module, norm: nn.modules.batchnorm._BatchNorm | None, rectified: bool, a: Tensor, goal: Tensor,
-    other: Tensor | None, places: _Places,
-) -> LayerRepair:  # fmt: skip
+    name: str,
+    module: nn.Module,
+    norm: nn.modules.batchnorm._BatchNorm | None,
+    rectified: bool,
+    a: Tensor,
+    goal: Tensor,
+    other: Tensor | None,
+    places: _Places,
+) -> LayerRepair:
     """Fits one layer in place.
 
     Args:

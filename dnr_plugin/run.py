@@ -8,7 +8,7 @@ import dataclasses
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -371,7 +371,8 @@ class _Run:
             earlier = self.gone.get(name, [])
             there = [n for n in range(plan.sizes[name] + len(earlier)) if n not in set(earlier)]
             self.gone[name] = sorted([*earlier, *(there[n] for n in neurons)])
-        images = self.calibration(self.recipe.prune.observe.samples, "repairing")
+        # augmented: on the very images it was trained on, the dense network is surer than on others
+        images = self.calibration(self.recipe.prune.repair_samples, "repairing", self.recipe.data.augment)
         layers = repair_network(self.model, self.unpruned, self.example, self.gone, images, seed=self.recipe.seed)
         errors = [(row.error_before, row.error_after) for row in layers if row.damping is not None]
         done["repair"] = {
@@ -407,12 +408,14 @@ class _Run:
         before, after = latencies([placed(dense, self.device), self.model], self.timed_images())
         return {"batch": _TIMED, "dense_ms": 1e3 * before, "pruned_ms": 1e3 * after, "ratio": after / before}
 
-    def calibration(self, samples: int, what: str) -> Iterator[Tensor]:
-        """The first training images in an order of the seed, not augmented."""
+    def calibration(self, samples: int, what: str, augment: Sequence[str] = ()) -> Iterator[Tensor]:
+        """The first training images in an order of the seed."""
         left = min(samples, len(self.train_images))
         seed = derive_seed(self.recipe.seed, "calibration")
         steps = -(-left // _BATCH)
-        batches = self.train_images.batches(-(-left // steps), seed=seed)  # equal ones: BatchNorm fails on one image
+        batches = self.train_images.batches(
+            -(-left // steps), seed=seed, augment=augment
+        )  # equal ones: BatchNorm fails on one image
         for images, _ in self.track(islice(batches, steps), steps, what):
             yield images[:left]
             left -= len(images)

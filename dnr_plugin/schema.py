@@ -282,8 +282,10 @@ class PruneOptions(Section):
     )
     repair: bool = Field(
         default=True,
-        description="after_training only: fit the layers that are left, in closed form, to what the dense network's "
-        "gave on the observed images",
+        description="after_training only: fit the layers that are left, in closed form, to what the dense network's gave",
+    )
+    repair_samples: int = Field(
+        default=4096, ge=64, description="training images for it, augmented as in training; fewer where they are large"
     )
     steps: int = Field(
         default=1, ge=1, le=1000, description="after_training only: observe and remove in this many equal steps"
@@ -336,11 +338,12 @@ class PruneOptions(Section):
             raise ValueError(f"target: expected {expected}, found {self.target.kind if self.target else 'nothing'}")
         unused = {
             "after_training": [],
-            "dynamic": ["steps", "recalibrate", "repair"],
+            "dynamic": ["steps", "recalibrate", "repair", "repair_samples"],
             "watch": [
                 "steps",
                 "recalibrate",
                 "repair",
+                "repair_samples",
                 "fold",
                 "score",
                 "scope",
@@ -356,6 +359,8 @@ class PruneOptions(Section):
                 raise ValueError(f"{name}: expected nothing with mode {self.mode}, found {found}")
         if self.mode == "dynamic" and self.score == "redundancy":
             raise ValueError("score: expected another with mode dynamic, which has no repair, found redundancy")
+        if self.repair_samples != type(self).model_fields["repair_samples"].default and not self.repair:
+            raise ValueError(f"repair_samples: expected nothing without repair, found {self.repair_samples}")
         given = [name for name, value in self.dynamics if value != DynamicsOptions.model_fields[name].default]
         if self.mode != "dynamic" and set(given) - {"check_every"}:
             found = ", ".join(name for name in given if name != "check_every")
