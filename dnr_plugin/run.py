@@ -413,9 +413,8 @@ class _Run:
         left = min(samples, len(self.train_images))
         seed = derive_seed(self.recipe.seed, "calibration")
         steps = -(-left // _BATCH)
-        batches = self.train_images.batches(
-            -(-left // steps), seed=seed, augment=augment
-        )  # equal ones: BatchNorm fails on one image
+        size = -(-left // steps)  # equal batches: BatchNorm fails on one image
+        batches = self.train_images.batches(size, seed=seed, augment=augment)
         for images, _ in self.track(islice(batches, steps), steps, what):
             yield images[:left]
             left -= len(images)
