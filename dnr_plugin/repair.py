@@ -39,9 +39,9 @@ from .inputs import call
 from .observe import is_consumer, module_names
 from .patches import channels_second, patches
 
-_DAMPINGS = (1e-7, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # shares of the inputs' mean variance
+_DAMPINGS = (1e-7, 1e-3, 1e-2, 1e-1, 1.0)  # shares of the inputs' mean variance
 _HELD_OUT = 0.25  # share of the images that chooses among them
-_RECTIFIED = 5  # rounds in which outputs below zero are let go
+_RECTIFIED = 3  # rounds in which outputs below zero are let go
 _MAX_UNKNOWNS = 8192  # weights of one output: beyond, the moments of the inputs outgrow memory
 _FLAT = 1e-6  # of a BatchNorm's scale
 _SAME = 1e-12  # share of the variance that rounding explains
@@ -113,7 +113,7 @@ def repair_network(
     dense: nn.Module,
     example_inputs: Any,
     removals: Mapping[str, Sequence[int]],
-    images: Iterable[Tensor],
+    images: Tensor | Iterable[Tensor],
     *,
     rows: int = 32768,
     memory: int = 2**29,
@@ -128,7 +128,7 @@ def repair_network(
         dense: the network before anything was removed, on the same device.
         example_inputs: as Torch-Pruning takes them.
         removals: root layer -> neurons that were removed, numbered as in ``dense``.
-        images: batches of inputs like those of training, on the device; read as far as ``memory`` goes.
+        images: a batch of inputs like those of training, on the device, or many; read as far as ``memory`` goes.
         rows: places, of all images together, at which a layer's outputs are compared.
         memory: bytes of the largest output of a layer. The pruned model runs on all images at once.
         seed: draws the places.
@@ -141,7 +141,7 @@ def repair_network(
     """
     sites = trace_sites(dense, example_inputs)
     kept = kept_channels(dense, example_inputs, removals)
-    images = _some(images, memory // (4 * max(site.size for site in sites.values())))
+    images = _some([images] if isinstance(images, Tensor) else images, memory // (4 * max(site.size for site in sites.values())))
     places = {name: _Places(f"{seed} {name}", rows, len(images)) for name in sites}
     targets = _targets(dense, sites, places, images)
     done = {name: LayerRepair(name, left="it runs more than once, or not at all") for name in kept if name not in sites}
