@@ -23,6 +23,8 @@ from .removal import prune_neurons
 KEPT_TARGETS = ("flops", "params", "latency")
 REMOVED_TARGETS = ("neuron_sparsity", "weight_sparsity")
 TARGETS = (*KEPT_TARGETS, *REMOVED_TARGETS, "dead")
+# Of what is saved against what is lost: 0 for "global", 1 for damage per FLOP; docs/criterion.md has the measurement.
+_WEIGHT = 0.7
 SCOPES = ("local", "global", "isomorphic", "cost_aware")
 
 
@@ -148,8 +150,8 @@ def plan_removal(
 
     Neurons that are dead on the observed samples go first, in every scope. Then, by scope: "local" takes equal shares
     of all layers, "global" ranks all neurons by score, "isomorphic" takes equal shares of each class of like groups
-    and ranks within the class, "cost_aware" ranks all neurons by score for what their removal saves: FLOPs (also for
-    latency) or parameters of the network as it is now; neurons, which all count one, it ranks as "global".
+    and ranks within the class, "cost_aware" ranks all neurons by ``score / saved ** 0.7`` with what the removal of each
+    saves: FLOPs (also for latency) or parameters of the network as it is now; where neurons count, as "global".
 
     Args:
         model: the network as it is now.
@@ -272,7 +274,7 @@ def _layer_steps(index: int, layer: Layer, scores: Tensor, dead: Tensor) -> Iter
 
 
 def _savings(model: nn.Module, report: FlopReport, layers: Sequence[Layer], kind: str) -> list[float]:
-    """What a neuron of each layer saves of what a target counts."""
+    """What a neuron of each layer saves of what a target counts, as far as it weighs against its score."""
     found = []
     for layer in layers:
         cost = CostModel(model, report)
@@ -280,7 +282,7 @@ def _savings(model: nn.Module, report: FlopReport, layers: Sequence[Layer], kind
         cost.remove(layer.effect)
         flops, params = before[0] - cost.flops, before[1] - cost.params
         saved = {"flops": flops, "latency": flops, "params": params, "weight_sparsity": params}.get(kind, 1.0)
-        found.append(max(saved, 1e-9))
+        found.append(max(saved, 1e-9) ** _WEIGHT)
     return found
 
 
