@@ -44,9 +44,12 @@ from .train import DivergedError, Trainer, evaluate
 SEEDS, LEVELS = "0,1,2", "0.75,0.5,0.35,0.25,0.15"
 DEFAULT_SCOPES = ("local", "global", "isomorphic")
 _CELLS = "cells.jsonl"
+_RECALIBRATED = 2048  # images for BatchNorm where the recipe leaves their number open
+_REPAIRED = 250  # images in each of the batches handed to repair
 # Options that decide nothing here: the grid stands in for them, and nothing is folded.
 _FREE = (
-    "name", "description", "seed", "prune.target.", "prune.score", "prune.scope", "prune.steps", "prune.fold",
+    "name", "description", "seed",
+    "prune.target.", "prune.score", "prune.scope", "prune.steps", "prune.fold", "prune.repair",
 )  # fmt: skip
 
 Cell = dict[str, Any]
@@ -190,7 +193,7 @@ def run_criteria(
                 with (folder / _CELLS).open("a", encoding="utf-8") as file:
                     file.write(json.dumps(cell) + "\n")
                 cells[_key(cell)] = cell
-    result = summary(recipe, list(cells.values()))
+    result = summary(recipe, _recalibration(recipe), list(cells.values()))
     write_criteria(folder, result)
     return result
 
@@ -202,7 +205,7 @@ def _check_options(recipe: Recipe, finetune: bool) -> None:
     problems = []
     if recipe.prune.mode != "after_training":
         problems.append(f"prune.mode: expected after_training for this benchmark, found {recipe.prune.mode}")
-    elif not recipe.prune.recalibrate:
+    elif not _recalibration(recipe):
         problems.append("prune.recalibrate: expected above 0 for this benchmark, found 0")
     if finetune and not recipe.finetune.epochs:
         problems.append("finetune.epochs: expected at least 1 with --finetune, found 0")
@@ -222,6 +225,12 @@ def _check_levels(recipe: Recipe, levels: Sequence[float]) -> None:
     ]
     if problems:
         raise InputError(*problems)
+
+
+def _recalibration(recipe: Recipe) -> int:
+    """Images for BatchNorm, whether the recipe's own run repairs or not."""
+    wanted: int | None = recipe.prune.recalibrate
+    return _RECALIBRATED if wanted is None else wanted
 
 
 def _seeded(recipe: Recipe, seed: int) -> Recipe:
@@ -309,7 +318,7 @@ class _Ground:
         observe = recipe.prune.observe
         images, labels = zip(*run.labelled(observe.samples, "calibration images"), strict=True)
         calibration = Calibration(torch.cat(images), torch.cat(labels), run.example, run.data.num_classes, observe)
-        recalibration = list(run.calibration(recipe.prune.recalibrate, "recalibration images"))
+        recalibration = list(run.calibration(_recalibration(recipe), "recalibration images"))
         return cls(
             recipe, run.model.eval(), run.results["dense_accuracy"], run.example, run.limits, run.dense, calibration,
             recalibration, run.train_images, run.test_images,
@@ -322,7 +331,8 @@ class _Ground:
 
     def repaired(self, model: nn.Module, removals: Mapping[str, Sequence[int]]) -> nn.Module:
         found = copy.deepcopy(model)
-        repair_network(found, self.model, self.example, removals, self.calibration.images)
+        images = (images for images, _ in self.calibration.batches(_REPAIRED))
+        repair_network(found, self.model, self.example, removals, images)
         return found
 
     def finetuned(self, model: nn.Module) -> nn.Module:

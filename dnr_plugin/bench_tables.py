@@ -29,8 +29,13 @@ FIGURES = {
 PAIRS = (("recalibrated", "repaired"), ("recalibrated_finetuned", "repaired_finetuned"))
 
 
-def summary(recipe: Recipe, cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def summary(recipe: Recipe, recalibration: int, cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Mean and sample standard deviation over the seeds, as plain data.
+
+    Args:
+        recipe: of the benchmark.
+        recalibration: images for BatchNorm.
+        cells: the lines of ``cells.jsonl``.
 
     Returns:
         Settings, ``dense`` accuracy by seed, and ``rows``, one for each criterion, scope and level: ``kept_flops`` and
@@ -45,7 +50,7 @@ def summary(recipe: Recipe, cells: Sequence[Mapping[str, Any]]) -> dict[str, Any
     return {
         "name": recipe.name,
         "recipe": recipe.model_dump(mode="json"),
-        "images": {"calibration": recipe.prune.observe.samples, "recalibration": recipe.prune.recalibrate},
+        "images": {"calibration": recipe.prune.observe.samples, "recalibration": recalibration},
         "versions": versions(),
         "devices": sorted({cell["device"] for cell in cells}),
         "figures": FIGURES,

@@ -109,8 +109,13 @@ def test_fine_tuning_is_that_of_a_run_and_repair_gets_what_it_needs(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same removal in a run of the recipe leads to the same accuracies."""
-    calls = []
-    monkeypatch.setattr(bench_criteria, "repair_network", lambda *given: calls.append(given) or [])
+    calls: list[Any] = []
+
+    def noted(*given: Any) -> list[Any]:
+        calls.append((*given[:-1], torch.cat(list(given[-1]))))
+        return []
+
+    monkeypatch.setattr(bench_criteria, "repair_network", noted)
     overrides = [*SMALL, "prune.fold=false", "prune.observe={samples: 96, min_samples: 64, share: 1.0}"]
     recipe = load_recipe(tiny, overrides)
     grid = Grid([recipe.seed], ["contribution"], ["local"], [0.5])
@@ -214,7 +219,7 @@ def test_tables_and_plot_show_the_best(tiny: Path) -> None:
             ("variation", "global", 0.25): [0.2, 0.2],
         }
     )
-    result = summary(load_recipe(tiny), cells)
+    result = summary(load_recipe(tiny), 64, cells)
     titled = {title.partition(":")[0]: (head, body) for title, head, body in tables(result)}
     head, body = titled["Best at each level"]
     assert head == ["test accuracy, %", "50 % of FLOPs", "25 % of FLOPs"]
@@ -238,5 +243,5 @@ def test_tables_and_plot_show_the_best(tiny: Path) -> None:
 
 def test_every_criterion_has_a_style_of_its_own(tiny: Path) -> None:
     cells = _made_up({(criterion, "local", 0.5): [0.5] for criterion in CRITERIA})
-    lines = [bar.lines[0] for bar in criteria_figure(summary(load_recipe(tiny), cells)).axes[0].containers]
+    lines = [bar.lines[0] for bar in criteria_figure(summary(load_recipe(tiny), 64, cells)).axes[0].containers]
     assert len({(str(line.get_color()), line.get_marker(), line.get_linestyle()) for line in lines}) == len(CRITERIA)
