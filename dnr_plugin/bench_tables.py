@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any
 
-from .criteria import CRITERIA, OURS
+from .criteria import CRITERIA, MENDED, OURS
 from .environment import versions
 from .planning import SCOPES
 from .report import NOTE
@@ -134,11 +134,17 @@ def _scope_table(
     return [
         [
             criterion,
-            "dnr_plugin" if criterion in OURS else "Torch-Pruning",
+            _source(criterion),
             *(" / ".join(text(criterion, level, name) for name in pair) for level in levels),
         ]
         for criterion in sorted({row["criterion"]: None for row in rows}, key=worth, reverse=True)
     ]
+
+
+def _source(criterion: str) -> str:
+    if criterion in OURS:
+        return "dnr_plugin"
+    return "Torch-Pruning, mended" if criterion in MENDED else "Torch-Pruning"
 
 
 def _mean(row: Mapping[str, Any], name: str) -> float:

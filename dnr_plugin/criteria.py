@@ -139,6 +139,7 @@ THEIRS: dict[str, Callable[[nn.Module, Calibration], Criterion]] = {
     "obdc": _obdc,
     "activation": _activation,
 }
+MENDED = ("hessian_mean",)  # of these, what Torch-Pruning 1.6.1 documents but does not do
 OURS = tuple(SCORES)
 CRITERIA: dict[str, Callable[[nn.Module, Calibration], Criterion]] = {
     **THEIRS,
