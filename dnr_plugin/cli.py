@@ -62,8 +62,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"dnr_plugin {version('dnr_plugin')}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
-    def command(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+    def command(
+        name: str, run: Callable[[argparse.Namespace], int], text: str, to: Any = commands
+    ) -> argparse.ArgumentParser:
+        sub: argparse.ArgumentParser = to.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         sub.set_defaults(command=run)
         return sub
 
@@ -127,13 +129,31 @@ def _parser() -> argparse.ArgumentParser:
     recipes = command("recipes", _recipes, "list the shipped recipes, print one, or explain every option")
     recipes.add_argument("name", nargs="?", metavar="NAME", help="a recipe to print, or: options")
 
-    bench = command("bench", _bench, "measure costs side by side in one process")
-    bench.add_argument("what", choices=("overhead",), help="overhead: of observing and scoring")
-    bench.add_argument("--width", type=_positive, default=64, help="of ResNet-18; default: 64")
-    bench.add_argument("--batch", type=_positive, default=64, help="images per training step; default: 64")
-    bench.add_argument("--rounds", type=_positive, default=15, help="timed rounds of each; default: 15")
-    bench.add_argument("--json", action="store_true", help="print JSON")
-    takes_device(bench)
+    text = "measure things side by side"
+    bench = commands.add_parser("bench", help=text, description=text[0].upper() + text[1:] + ".")
+    benches = bench.add_subparsers(title="benchmarks", metavar="BENCHMARK", required=True)
+
+    overhead = command("overhead", _bench_overhead, "what observing and scoring cost, in one process", benches)
+    overhead.add_argument("--width", type=_positive, default=64, help="of ResNet-18; default: 64")
+    overhead.add_argument("--batch", type=_positive, default=64, help="images per training step; default: 64")
+    overhead.add_argument("--rounds", type=_positive, default=15, help="timed rounds of each; default: 15")
+    overhead.add_argument("--json", action="store_true", help="print JSON")
+    takes_device(overhead)
+
+    criteria = command("criteria", _bench_criteria, "every criterion of Torch-Pruning against every score", benches)
+    takes_recipe(criteria)
+    criteria.add_argument("--output", metavar="DIR", required=True, help="folder of the benchmark")
+    criteria.add_argument("--seeds", metavar="N,N,...", help="one dense network each; default: 0,1,2")
+    criteria.add_argument(
+        "--levels", metavar="X,X,...", help="shares of the FLOPs that are kept; default: 0.75,0.5,0.35,0.25,0.15"
+    )
+    criteria.add_argument("--scopes", metavar="A,B,...", help="default: local,global,isomorphic")
+    criteria.add_argument("--criteria", metavar="A,B,...", help="default: all")
+    criteria.add_argument("--finetune", action="store_true", help="also fine-tune each network, as the recipe says")
+    criteria.add_argument(
+        "--resume", action="store_true", help="go on with the benchmark in the folder; the lists may be others"
+    )
+    takes_device(criteria)
     return parser
 
 
@@ -342,9 +362,29 @@ def _recipes(arguments: argparse.Namespace) -> int:
     return DONE
 
 
-def _bench(arguments: argparse.Namespace) -> int:
+def _bench_overhead(arguments: argparse.Namespace) -> int:
     from .bench import overhead
 
     found = overhead(width=arguments.width, batch=arguments.batch, rounds=arguments.rounds, device=arguments.device)
     _show(json.dumps(found, indent=1) if arguments.json else "\n".join(found["lines"]))
+    return DONE
+
+
+def _bench_criteria(arguments: argparse.Namespace) -> int:
+    from .bench_criteria import grid_of, run_criteria
+    from .bench_tables import notes, terminal_tables
+    from .recipe import load_recipe, located
+
+    file = _recipe_file(arguments.recipe)
+    grid = grid_of(arguments.seeds, arguments.levels, arguments.scopes, arguments.criteria)
+    recipe = load_recipe(file, arguments.overrides)
+    try:
+        result = run_criteria(
+            recipe, arguments.output, grid,
+            finetune=arguments.finetune, resume=arguments.resume, device=arguments.device, track=_track,
+        )  # fmt: skip
+    except InputError as error:
+        raise located(error, file, arguments.overrides) from None
+    written = f"Written to {arguments.output}: criteria.md, criteria.json, criteria.png, cells.jsonl"
+    _show(*terminal_tables(result), *(f"- {note}" for note in notes(result)), written)
     return DONE

@@ -141,7 +141,9 @@ def repair_network(
     """
     sites = trace_sites(dense, example_inputs)
     kept = kept_channels(dense, example_inputs, removals)
-    images = _some([images] if isinstance(images, Tensor) else images, memory // (4 * max(site.size for site in sites.values())))
+    images = _some(
+        [images] if isinstance(images, Tensor) else images, memory // (4 * max(site.size for site in sites.values()))
+    )
     places = {name: _Places(f"{seed} {name}", rows, len(images)) for name in sites}
     targets = _targets(dense, sites, places, images)
     done = {name: LayerRepair(name, left="it runs more than once, or not at all") for name in kept if name not in sites}

@@ -99,11 +99,14 @@ def run_recipe(
         raise RunError(str(error)) from error
 
 
-def train_dense(recipe: Recipe, folder: Path, *, device: str = "auto", track: Track = _quiet) -> None:
+def train_dense(recipe: Recipe, folder: Path, *, device: str = "auto", track: Track = _quiet) -> _Run:
     """Trains as `run_recipe` does, or goes on with it, and stops before the removal.
 
     A folder that holds a copy of the ``checkpoint.pt`` this leaves, and a ``recipe.yaml`` that trains the same, is that
     of a run interrupted right there.
+
+    Returns:
+        The run at this point: its data, the trained model, and ``results["dense_accuracy"]``.
 
     Raises:
         InputError: as `run_recipe`.
@@ -117,6 +120,7 @@ def train_dense(recipe: Recipe, folder: Path, *, device: str = "auto", track: Tr
         run.train_dense(resume=True)
     except InputError as error:
         raise RunError(str(error)) from error
+    return run
 
 
 def prepared(recipe: Recipe, folder: Path, device: torch.device, track: Track) -> _Run:
@@ -410,13 +414,18 @@ class _Run:
 
     def calibration(self, samples: int, what: str, augment: Sequence[str] = ()) -> Iterator[Tensor]:
         """The first training images in an order of the seed."""
+        for images, _ in self.labelled(samples, what, augment):
+            yield images
+
+    def labelled(self, samples: int, what: str, augment: Sequence[str] = ()) -> Iterator[tuple[Tensor, Tensor]]:
+        """The images of `calibration` with their labels."""
         left = min(samples, len(self.train_images))
         seed = derive_seed(self.recipe.seed, "calibration")
         steps = -(-left // _BATCH)
         size = -(-left // steps)  # equal batches: BatchNorm fails on one image
         batches = self.train_images.batches(size, seed=seed, augment=augment)
-        for images, _ in self.track(islice(batches, steps), steps, what):
-            yield images[:left]
+        for images, labels in self.track(islice(batches, steps), steps, what):
+            yield images[:left], labels[:left]
             left -= len(images)
 
     def accuracy(self) -> float:

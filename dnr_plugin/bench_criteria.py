@@ -1,0 +1,417 @@
+"""The benchmark of criteria: Torch-Pruning's and ours on the same trained networks, images and FLOPs.
+
+A cell is one seed, criterion, scope and level. Its network is pruned in one step without folding, and tested as it is,
+with BatchNorm recalibrated, and repaired, which is offered to every criterion alike.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import itertools
+import json
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from .batchnorm import recalibrate_batchnorm
+from .bench_plots import criteria_figure
+from .bench_tables import PAIRS, markdown, summary
+from .checks import check_folder, check_ranks, check_recipe, check_writable, example_image, limits_of
+from .criteria import CRITERIA, Calibration, Criterion, build_criterion, check_scores
+from .data import ImageSource, data_shape, derive_seed
+from .environment import device_name, pick_device
+from .errors import InputError, did_you_mean, first_line
+from .files import atomic_write
+from .importance import DyingNeuronImportance
+from .layers import Limits
+from .models import build_model
+from .planning import SCOPES, Baseline, plan_removal, reachable
+from .plots import save_figure
+from .recipe import differing_fields, load_recipe, write_recipe
+from .removal import prune_neurons
+from .repair import repair_network
+from .run import Track, train_dense
+from .schema import Recipe
+from .train import DivergedError, Trainer, evaluate
+
+SEEDS, LEVELS = "0,1,2", "0.75,0.5,0.35,0.25,0.15"
+DEFAULT_SCOPES = ("local", "global", "isomorphic")
+_CELLS = "cells.jsonl"
+_RECALIBRATED = 2048  # images for BatchNorm where the recipe leaves their number open
+# Options that decide nothing here: the grid stands in for them, and nothing is folded.
+_FREE = (
+    "name", "description", "seed",
+    "prune.target.", "prune.score", "prune.scope", "prune.steps", "prune.fold", "prune.repair",
+)  # fmt: skip
+
+Cell = dict[str, Any]
+_T = TypeVar("_T", int, float, str)
+
+
+class Key(NamedTuple):
+    """What tells a cell from the others; ``level`` is the share of FLOPs kept, in (0, 1)."""
+
+    seed: int
+    criterion: str
+    scope: str
+    level: float
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The cells of a benchmark: every combination, seeds outermost."""
+
+    seeds: Sequence[int]
+    criteria: Sequence[str]
+    scopes: Sequence[str]
+    levels: Sequence[float]
+
+    @property
+    def cells(self) -> list[Key]:
+        return [Key(*one) for one in itertools.product(self.seeds, self.criteria, self.scopes, self.levels)]
+
+
+def grid_of(
+    seeds: str | None = None, levels: str | None = None, scopes: str | None = None, criteria: str | None = None
+) -> Grid:
+    """Reads lists with commas between their items; by default `SEEDS`, `LEVELS`, `DEFAULT_SCOPES`, every criterion.
+
+    Raises:
+        InputError: all items that are unknown, out of range or given twice.
+    """
+    problems: list[str] = []
+
+    def listed(flag: str, text: str, read: Callable[[str], _T]) -> list[_T]:
+        found: list[_T] = []
+        for item in (part.strip() for part in text.split(",")):
+            try:
+                value = read(item)
+            except ValueError as error:
+                problems.append(f"{flag}: expected {error}, found {item!r}{_near(str(error), item)}")
+                continue
+            if value in found:
+                problems.append(f"{flag}: expected each once, found {item} again")
+            found.append(value)
+        return found
+
+    def seed(item: str) -> int:
+        if not item.isdecimal() or int(item) >= 2**32:
+            raise ValueError("whole numbers of at least 0")
+        return int(item)
+
+    def level(item: str) -> float:
+        with contextlib.suppress(ValueError):
+            if 0.0 < float(item) < 1.0:
+                return float(item)
+        raise ValueError("shares of the FLOPs above 0 and below 1")
+
+    def one_of(known: Iterable[str]) -> Callable[[str], str]:
+        def read(item: str) -> str:
+            if item not in known:
+                raise ValueError(f"any of {', '.join(known)}")
+            return item
+
+        return read
+
+    grid = Grid(
+        listed("--seeds", SEEDS if seeds is None else seeds, seed),
+        listed("--criteria", ",".join(CRITERIA) if criteria is None else criteria, one_of(CRITERIA)),
+        listed("--scopes", ",".join(DEFAULT_SCOPES) if scopes is None else scopes, one_of(SCOPES)),
+        listed("--levels", LEVELS if levels is None else levels, level),
+    )
+    if problems:
+        raise InputError(*problems)
+    return grid
+
+
+def _near(expected: str, item: str) -> str:
+    names = expected.removeprefix("any of ")
+    return did_you_mean(item, names.split(", ")) if names != expected else ""
+
+
+def run_criteria(
+    recipe: Recipe,
+    output: str | os.PathLike[str],
+    grid: Grid,
+    *,
+    finetune: bool = False,
+    resume: bool = False,
+    device: str = "auto",
+    track: Track = lambda items, total, what: items,
+) -> dict[str, Any]:
+    """Runs the benchmark and fills its folder.
+
+    Each seed's dense network is trained once, in ``dense/seed=N``. Each cell is a line of ``cells.jsonl`` as soon as it
+    is finished; a cell that could not be made holds the reason, and is not tried again unless its line is deleted.
+
+    Args:
+        recipe: model, data and training; ``prune.observe.samples`` images for every criterion, of
+            ``prune.recalibrate`` for BatchNorm, of ``prune.repair_samples`` for repair; ``prune``'s limits; ``finetune``. Its seed and target play no part.
+        output: folder, which also gets ``criteria.json``, ``criteria.md`` and ``criteria.png``.
+        grid: the cells; one that is in the folder already is not run again.
+        finetune: also fine-tune each network, from recalibrated and from repaired.
+        resume: go on with what lies in the folder; the grid may be another, the recipe must make the same networks.
+        device: "auto", "cpu" or "cuda".
+        track: see `run.run_recipe`.
+
+    Returns:
+        What ``criteria.json`` holds: `summary` of all cells in the folder.
+
+    Raises:
+        InputError: recipe, levels or folder cannot be used; nothing was written.
+        RunError: a dense training failed.
+    """
+    check_ranks()
+    place, folder = pick_device(device), Path(output)
+    _check_options(recipe, finetune)
+    cells = _earlier(folder, recipe, resume)
+    check_recipe(recipe)
+    _check_levels(recipe, grid.levels)
+    seeds = {seed: _seeded(recipe, seed) for seed in grid.seeds}
+    for seed, seeded in seeds.items():
+        check_folder(_dense_folder(folder, seed), seeded, resume=True)
+
+    folder.mkdir(parents=True, exist_ok=True)
+    _rewrite(folder / _CELLS, cells)  # first: with it the folder is that of a benchmark
+    if not (folder / "recipe.yaml").is_file():
+        write_recipe(recipe, folder / "recipe.yaml")
+    missing = [key for key in grid.cells if not _finished(cells.get(key), finetune)]
+    for seed, of_seed in itertools.groupby(missing, key=lambda key: key.seed):
+        ground = _Ground.trained(seeds[seed], _dense_folder(folder, seed), device, track)
+        for criterion, of_criterion in itertools.groupby(of_seed, key=lambda key: key.criterion):
+            keys = list(of_criterion)
+            for cell in track(_run_cells(ground, keys, finetune), len(keys), f"seed {seed}, {criterion}"):
+                cell["device"] = device_name(place)
+                with (folder / _CELLS).open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(cell) + "\n")
+                cells[_key(cell)] = cell
+    result = summary(recipe, _recalibration(recipe), list(cells.values()))
+    write_criteria(folder, result)
+    return result
+
+
+# --- before the first cell ----------------------------------------------------------------------------------------
+
+
+def _check_options(recipe: Recipe, finetune: bool) -> None:
+    problems = []
+    if recipe.prune.mode != "after_training":
+        problems.append(f"prune.mode: expected after_training for this benchmark, found {recipe.prune.mode}")
+    elif not _recalibration(recipe):
+        problems.append("prune.recalibrate: expected above 0 for this benchmark, found 0")
+    if finetune and not recipe.finetune.epochs:
+        problems.append("finetune.epochs: expected at least 1 with --finetune, found 0")
+    if problems:
+        raise InputError(*problems)
+
+
+def _check_levels(recipe: Recipe, levels: Sequence[float]) -> None:
+    classes, in_channels, size = data_shape(recipe.data)
+    model = build_model(recipe.model, classes, in_channels, size)
+    furthest = reachable(model, example_image(in_channels, size), "flops", limits_of(recipe))
+    problems = [
+        f"--levels: expected at least {furthest:.4f}, which is as far as ignored, round_to and max_pruning_ratio "
+        f"allow, found {level:g}"
+        for level in levels
+        if level < furthest
+    ]
+    if problems:
+        raise InputError(*problems)
+
+
+def _recalibration(recipe: Recipe) -> int:
+    """Images for BatchNorm, whether the recipe's own run repairs or not."""
+    wanted: int | None = recipe.prune.recalibrate
+    return _RECALIBRATED if wanted is None else wanted
+
+
+def _seeded(recipe: Recipe, seed: int) -> Recipe:
+    # name and description take no part, and could differ when the benchmark is resumed
+    update = {"name": f"dense-seed-{seed}", "description": "a dense network of a benchmark", "seed": seed}
+    return recipe.model_copy(update=update)
+
+
+def _dense_folder(folder: Path, seed: int) -> Path:
+    return folder / "dense" / f"seed={seed}"
+
+
+def _earlier(folder: Path, recipe: Recipe, resume: bool) -> dict[Key, Cell]:
+    """The finished cells of the benchmark that lies in the folder; the later of two lines counts.
+
+    Raises:
+        InputError: the folder may not be written to, holds something else, or the benchmark of another recipe.
+    """
+    check_writable(folder)
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return {}
+    file, saved = folder / _CELLS, folder / "recipe.yaml"
+    if not file.is_file():
+        raise InputError(
+            f"--output: expected an empty folder or that of a benchmark of criteria, found {folder} with other files "
+            "in it"
+        )
+    if not resume:
+        raise InputError(
+            f"--output: {folder} holds a benchmark already: add --resume to go on with it, or name another folder"
+        )
+    if saved.is_file():
+        found = differing_fields(load_recipe(saved), recipe)
+        differing = [field for field in found if not field.startswith(_FREE)]
+        if differing:
+            shown = "; ".join(differing[:8]) + (f" and {len(differing) - 8} more" if len(differing) > 8 else "")
+            raise InputError(f"--output: {folder} holds a benchmark of another recipe (there, here): {shown}")
+    *lines, _ = file.read_text(encoding="utf-8").split("\n")  # what follows the last end of line was cut off by a kill
+    cells: dict[Key, Cell] = {}
+    for number, line in enumerate(lines, 1):
+        try:
+            cell = json.loads(line)
+            cells[_key(cell)] = cell
+            CRITERIA[cell["criterion"]], SCOPES.index(cell["scope"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{file}:{number}: expected a cell, found damage: {error!r}"[:300]) from error
+    return cells
+
+
+def _key(cell: Mapping[str, Any]) -> Key:
+    return Key(cell["seed"], cell["criterion"], cell["scope"], cell["level"])
+
+
+def _rewrite(file: Path, cells: Mapping[Key, Cell]) -> None:
+    with atomic_write(file) as out:
+        out.writelines(json.dumps(cell) + "\n" for cell in cells.values())
+
+
+def _finished(cell: Cell | None, finetune: bool) -> bool:
+    return cell is not None and bool(cell["reason"] or not finetune or PAIRS[1][1] in cell["accuracy"])
+
+
+# --- the cells of one seed ----------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Ground:
+    """What all cells of a seed share: the trained network and the images. Nothing in it is changed."""
+
+    recipe: Recipe
+    model: nn.Module
+    accuracy: float
+    example: Tensor
+    limits: Limits
+    dense: Baseline
+    calibration: Calibration
+    recalibration: list[Tensor]
+    repair_images: list[Tensor]
+    train: ImageSource
+    test: ImageSource
+
+    @classmethod
+    def trained(cls, recipe: Recipe, folder: Path, device: str, track: Track) -> _Ground:
+        """Trains the dense network, or loads it where the folder holds it."""
+        run = train_dense(recipe, folder, device=device, track=track)
+        observe = recipe.prune.observe
+        images, labels = zip(*run.labelled(observe.samples, "calibration images"), strict=True)
+        calibration = Calibration(torch.cat(images), torch.cat(labels), run.example, run.data.num_classes, observe)
+        recalibration = list(run.calibration(_recalibration(recipe), "recalibration images"))
+        repairing = list(run.calibration(recipe.prune.repair_samples, "images to repair on", recipe.data.augment))
+        return cls(
+            recipe, run.model.eval(), run.results["dense_accuracy"], run.example, run.limits, run.dense, calibration,
+            recalibration, repairing, run.train_images, run.test_images,
+        )  # fmt: skip
+
+    def recalibrated(self, model: nn.Module) -> nn.Module:
+        found = copy.deepcopy(model)
+        recalibrate_batchnorm(found, self.recalibration)
+        return found
+
+    def repaired(self, model: nn.Module, removals: Mapping[str, Sequence[int]]) -> nn.Module:
+        found = copy.deepcopy(model)
+        repair_network(found, self.model, self.example, removals, self.repair_images, seed=self.recipe.seed)
+        return found
+
+    def finetuned(self, model: nn.Module) -> nn.Module:
+        """Fine-tuned as `run.run_recipe` does it.
+
+        Raises:
+            DivergedError: the loss is not finite.
+        """
+        found, options = copy.deepcopy(model), self.recipe.finetune
+        seed = derive_seed(self.recipe.seed, "finetune")
+        torch.manual_seed(seed)
+        trainer = Trainer(found, self.train, options, seed, self.recipe.data.augment)
+        for number in range(options.epochs):
+            trainer.epoch(number)
+        return found
+
+
+def _run_cells(ground: _Ground, keys: Sequence[Key], finetune: bool) -> Iterator[Cell]:
+    """The cells of one seed and criterion, which is built once for all of them."""
+    scored, name = copy.deepcopy(ground.model), keys[0].criterion
+    criterion, reason = None, None
+    try:
+        seed = derive_seed(ground.recipe.seed, "criterion", name)
+        criterion = build_criterion(name, scored, ground.calibration, seed)
+        check_scores(criterion, scored, ground.example, ground.limits)
+    except Exception as error:  # criteria of Torch-Pruning fail with anything
+        reason = _reason(error)
+    for key in keys:
+        start = time.perf_counter()
+        cell: Cell = {**key._asdict(), "dense_accuracy": ground.accuracy, "kept": None, "accuracy": {}}
+        cell["reason"] = reason
+        if criterion is not None and reason is None:
+            _fill(cell, ground, key, criterion, scored, finetune)
+        cell["seconds"] = time.perf_counter() - start
+        yield cell
+
+
+def _fill(cell: Cell, ground: _Ground, key: Key, criterion: Criterion, scored: nn.Module, finetune: bool) -> None:
+    """Prunes and tests; notes the reason where that is not possible."""
+    torch.manual_seed(derive_seed(key.seed, key.criterion, key.scope, str(key.level)))  # what "random" draws from
+    trial = criterion.unchanged() if isinstance(criterion, DyingNeuronImportance) else contextlib.nullcontext()
+    try:
+        with trial:
+            plan = plan_removal(
+                scored, ground.example, criterion, "flops", key.level, scope=key.scope, limits=ground.limits,
+                dense=ground.dense,
+            )  # fmt: skip
+    except Exception as error:  # a scope that the criterion has not, a level that it cannot reach, or anything
+        cell["reason"] = _reason(error)
+        return
+    pruned = copy.deepcopy(ground.model)
+    prune_neurons(pruned, ground.example, plan.removals)
+    cell["kept"] = plan.achieved
+    recalibrated, repaired = ground.recalibrated(pruned), ground.repaired(pruned, plan.removals)
+    accuracy = cell["accuracy"]
+    for name, model in (
+        ("removed", pruned),
+        ("recalibrated", recalibrated),
+        ("repaired", repaired),
+        ("repaired_recalibrated", ground.recalibrated(repaired)),
+    ):
+        accuracy[name] = evaluate(model, ground.test)
+    if finetune:
+        try:
+            accuracy["recalibrated_finetuned"] = evaluate(ground.finetuned(recalibrated), ground.test)
+            accuracy["repaired_finetuned"] = evaluate(ground.finetuned(repaired), ground.test)
+        except DivergedError as error:
+            cell["reason"] = _reason(error)
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {first_line(error)}"
+
+
+def write_criteria(folder: Path, result: Mapping[str, Any]) -> None:
+    """Writes ``criteria.json``, ``criteria.md`` and ``criteria.png``."""
+    with atomic_write(folder / "criteria.json") as file:
+        json.dump(result, file, indent=1)
+        file.write("\n")
+    with atomic_write(folder / "criteria.md") as file:
+        file.write(markdown(result))
+    save_figure(criteria_figure(result), folder / "criteria.png")
