@@ -48,7 +48,7 @@ _RECALIBRATED = 2048  # images for BatchNorm where the recipe leaves their numbe
 # Options that decide nothing here: the grid stands in for them, and nothing is folded.
 _FREE = (
     "name", "description", "seed",
-    "prune.target.", "prune.score", "prune.scope", "prune.steps", "prune.fold", "prune.repair",
+    "prune.target.", "prune.score", "prune.scope", "prune.steps", "prune.fold", "prune.repair:",
 )  # fmt: skip
 
 Cell = dict[str, Any]
@@ -152,8 +152,9 @@ def run_criteria(
     is finished; a cell that could not be made holds the reason, and is not tried again unless its line is deleted.
 
     Args:
-        recipe: model, data and training; ``prune.observe.samples`` images for every criterion, of
-            ``prune.recalibrate`` for BatchNorm, of ``prune.repair_samples`` for repair; ``prune``'s limits; ``finetune``. Its seed and target play no part.
+        recipe: model, data and training; ``prune.observe.samples`` images for every criterion, ``prune.recalibrate``
+            for BatchNorm, ``prune.repair_samples`` for repair; ``prune``'s limits; ``finetune``. Its seed and target
+            play no part.
         output: folder, which also gets ``criteria.json``, ``criteria.md`` and ``criteria.png``.
         grid: the cells; one that is in the folder already is not run again.
         finetune: also fine-tune each network, from recalibrated and from repaired.
