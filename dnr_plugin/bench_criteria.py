@@ -321,8 +321,9 @@ class _Ground:
         calibration = Calibration(torch.cat(images), torch.cat(labels), run.example, run.data.num_classes, observe)
         recalibration = list(run.calibration(_recalibration(recipe), "recalibration images"))
         repairing = list(run.calibration(recipe.prune.repair_samples, "images to repair on", recipe.data.augment))
+        model = run.model.eval().to(memory_format=torch.channels_last)  # faster on CPU and GPU alike
         return cls(
-            recipe, run.model.eval(), run.results["dense_accuracy"], run.example, run.limits, run.dense, calibration,
+            recipe, model, run.results["dense_accuracy"], run.example, run.limits, run.dense, calibration,
             recalibration, repairing, run.train_images, run.test_images,
         )  # fmt: skip
 

@@ -115,7 +115,7 @@ def repair_network(
     removals: Mapping[str, Sequence[int]],
     images: Tensor | Iterable[Tensor],
     *,
-    rows: int = 32768,
+    rows: int | None = None,
     memory: int = 2**29,
     seed: int = 0,
 ) -> list[LayerRepair]:
@@ -129,7 +129,8 @@ def repair_network(
         example_inputs: as Torch-Pruning takes them.
         removals: root layer -> neurons that were removed, numbered as in ``dense``.
         images: a batch of inputs like those of training, on the device, or many; read as far as ``memory`` goes.
-        rows: places, of all images together, at which a layer's outputs are compared.
+        rows: places, of all images together, at which a layer's outputs are compared; by default 8 of each image, but
+            16,384 at least.
         memory: bytes of the largest output of a layer. The pruned model runs on all images at once.
         seed: draws the places.
 
@@ -144,6 +145,7 @@ def repair_network(
     images = _some(
         [images] if isinstance(images, Tensor) else images, memory // (4 * max(site.size for site in sites.values()))
     )
+    rows = max(16384, 8 * len(images)) if rows is None else rows
     places = {name: _Places(f"{seed} {name}", rows, len(images)) for name in sites}
     targets = _targets(dense, sites, places, images)
     done = {name: LayerRepair(name, left="it runs more than once, or not at all") for name in kept if name not in sites}
