@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import copy
+import gc
+import mmap
 import statistics
+import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +21,9 @@ from .environment import device_name, pick_device, placed, versions
 from .importance import DyingNeuronImportance
 from .models import build_model
 from .observe import Observer
+from .planning import plan_removal
+from .removal import prune_neurons
+from .repair import repair_network
 from .schema import ModelOptions
 
 
@@ -73,7 +80,7 @@ def overhead(
 
     plain, observed = pairs(lambda: clock(step), observed_step)
 
-    importance = DyingNeuronImportance()
+    importance = DyingNeuronImportance("variation", moments=False)
     with importance.observe(model), torch.no_grad():
         model(images)
     magnitude = tp.importance.MagnitudeImportance()
@@ -107,6 +114,121 @@ def overhead(
             f"statistics: {sizes[0] / 2**10:.0f} KiB after one batch, {sizes[-1] / 2**10:.0f} KiB after {len(sizes)}",
         ],
     }
+
+
+def costs(*, width: int = 64, images: int = 256, side: int = 32, device: str = "auto", seed: int = 0) -> dict[str, Any]:
+    """What criteria cost from a trained network to scores, and repair on top: seconds and peak memory, one after another.
+
+    Magnitude needs nothing but weights, Taylor a gradient of all images, redundancy their second moments. Repair is of
+    the network at half of its FLOPs.
+
+    Args:
+        width: channels of ResNet-18's first stage.
+        images: that Taylor and redundancy see, and repair as far as its memory goes.
+        side: of an image, in pixels; above 64 the network has the stem for large images.
+        device: "auto", "cpu" or "cuda".
+        seed: of weights and images.
+
+    Returns:
+        Figures, and ``lines`` that say the same in words. Peak memory, beyond what was held before, is None where it
+        cannot be told (outside of Linux, without a GPU).
+    """
+    place = pick_device(device)
+    torch.manual_seed(seed)
+    stem: Any = "imagenet" if side > 64 else "cifar"
+    model = placed(build_model(ModelOptions(name="resnet18", width=width, stem=stem), 10), place).eval()
+    batches = [torch.randn(min(32, images - k), 3, side, side, device=place) for k in range(0, images, 32)]
+    example = batches[0][:1]
+    graph = tp.DependencyGraph().build_dependency(copy.deepcopy(model), example)
+    groups = [group for group in graph.get_all_groups() if not isinstance(group[0].dep.target.module, torch.nn.Linear)]
+    found: dict[str, Any] = {}
+
+    def noted(name: str, work: Callable[[], object]) -> Any:
+        with _Peak(place) as peak:
+            start = time.perf_counter()
+            result = work()
+            if place.type == "cuda":
+                torch.cuda.synchronize(place)
+            found[name] = {"seconds": time.perf_counter() - start, "peak_bytes": None}
+        found[name]["peak_bytes"] = peak.bytes
+        return result
+
+    def magnitude() -> None:
+        importance = tp.importance.MagnitudeImportance()
+        for group in groups:
+            importance(group)
+
+    def taylor() -> None:
+        for batch in batches:
+            labels = torch.randint(0, 10, (len(batch),), device=place)
+            F.cross_entropy(graph.model(batch), labels).backward()  # type: ignore[no-untyped-call]
+        importance = tp.importance.TaylorImportance()
+        for group in groups:
+            importance(group)
+
+    def redundancy() -> DyingNeuronImportance:
+        importance = DyingNeuronImportance()
+        with importance.observe(model), torch.no_grad():
+            for batch in batches:
+                model(batch)
+        for group in groups:
+            importance(group)
+        return importance
+
+    noted("MagnitudeImportance", magnitude)
+    noted("TaylorImportance", taylor)
+    importance = noted("DyingNeuronImportance", redundancy)
+    plan = plan_removal(model, example, importance, "flops", 0.5)
+    pruned = copy.deepcopy(model)
+    prune_neurons(pruned, example, plan.removals)
+    noted("repair_network", lambda: repair_network(pruned, model, example, plan.removals, batches))
+
+    where = f"{device_name(place)}, torch {versions()['torch']}, seed {seed}, n = 1"
+    lines = [f"from a trained ResNet-18, width {width}, and {images} images of {side}x{side}; {where}"]
+    for name, cost in found.items():
+        beyond = "unknown" if cost["peak_bytes"] is None else f"{cost['peak_bytes'] / 2**20:.0f} MiB"
+        lines.append(f"{name}: {cost['seconds']:.1f} s, peak memory {beyond} beyond what was held before")
+    return {"width": width, "images": images, "side": side, "costs": found, "where": where, "lines": lines}
+
+
+class _Peak:
+    """Highest memory inside the context beyond that at its start: of the GPU, or of the process as Linux tells it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.bytes: int | None = None
+        self._done = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> _Peak:
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self._before = torch.cuda.memory_allocated(self.device)
+        elif _STATM.exists():
+            self._before = self._highest = _resident()
+            self._thread = threading.Thread(target=self._watch, daemon=True)
+            self._thread.start()
+        return self
+
+    def _watch(self) -> None:
+        while not self._done.wait(0.005):
+            self._highest = max(self._highest, _resident())
+
+    def __exit__(self, *_: object) -> None:
+        if self.device.type == "cuda":
+            self.bytes = torch.cuda.max_memory_allocated(self.device) - self._before
+        elif self._thread is not None:
+            self._done.set()
+            self._thread.join()
+            self.bytes = self._highest - self._before
+
+
+_STATM = Path("/proc/self/statm")
+
+
+def _resident() -> int:
+    return int(_STATM.read_text().split()[1]) * mmap.PAGESIZE
 
 
 def _ratio(first: list[float], second: list[float]) -> float:

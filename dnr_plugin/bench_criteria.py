@@ -18,33 +18,30 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from .batchnorm import recalibrate_batchnorm
 from .bench_plots import criteria_figure
 from .bench_tables import PAIRS, markdown, summary
 from .checks import check_folder, check_ranks, check_recipe, check_writable, example_image, limits_of
-from .criteria import CRITERIA, Calibration, Criterion, build_criterion, check_scores
-from .data import ImageSource, data_shape, derive_seed
+from .criteria import CRITERIA, Criterion, build_criterion, check_scores
+from .data import data_shape, derive_seed
 from .environment import device_name, pick_device
 from .errors import InputError, did_you_mean, first_line
 from .files import atomic_write
+from .ground import Ground, dense_folder, recalibration_images, seeded
 from .importance import DyingNeuronImportance
-from .layers import Limits
 from .models import build_model
-from .planning import SCOPES, Baseline, plan_removal, reachable
+from .planning import SCOPES, plan_removal, reachable
 from .plots import save_figure
 from .recipe import differing_fields, load_recipe, write_recipe
 from .removal import prune_neurons
-from .repair import repair_network
-from .run import Track, train_dense
+from .run import Track
 from .schema import Recipe
-from .train import DivergedError, Trainer, evaluate
+from .train import DivergedError, evaluate
 
 SEEDS, LEVELS = "0,1,2", "0.75,0.5,0.35,0.25,0.15"
 DEFAULT_SCOPES = ("local", "global", "isomorphic")
 _CELLS = "cells.jsonl"
-_RECALIBRATED = 2048  # images for BatchNorm where the recipe leaves their number open
 # Options that decide nothing here: the grid stands in for them, and nothing is folded.
 _FREE = (
     "name", "description", "seed",
@@ -175,9 +172,9 @@ def run_criteria(
     cells = _earlier(folder, recipe, resume)
     check_recipe(recipe)
     _check_levels(recipe, grid.levels)
-    seeds = {seed: _seeded(recipe, seed) for seed in grid.seeds}
-    for seed, seeded in seeds.items():
-        check_folder(_dense_folder(folder, seed), seeded, resume=True)
+    seeds = {seed: seeded(recipe, seed) for seed in grid.seeds}
+    for seed, one in seeds.items():
+        check_folder(dense_folder(folder, seed), one, resume=True)
 
     folder.mkdir(parents=True, exist_ok=True)
     _rewrite(folder / _CELLS, cells)  # first: with it the folder is that of a benchmark
@@ -185,7 +182,7 @@ def run_criteria(
         write_recipe(recipe, folder / "recipe.yaml")
     missing = [key for key in grid.cells if not _finished(cells.get(key), finetune)]
     for seed, of_seed in itertools.groupby(missing, key=lambda key: key.seed):
-        ground = _Ground.trained(seeds[seed], _dense_folder(folder, seed), device, track)
+        ground = Ground.trained(seeds[seed], dense_folder(folder, seed), device, track)
         for criterion, of_criterion in itertools.groupby(of_seed, key=lambda key: key.criterion):
             keys = list(of_criterion)
             for cell in track(_run_cells(ground, keys, finetune), len(keys), f"seed {seed}, {criterion}"):
@@ -193,7 +190,7 @@ def run_criteria(
                 with (folder / _CELLS).open("a", encoding="utf-8") as file:
                     file.write(json.dumps(cell) + "\n")
                 cells[_key(cell)] = cell
-    result = summary(recipe, _recalibration(recipe), list(cells.values()))
+    result = summary(recipe, recalibration_images(recipe), list(cells.values()))
     write_criteria(folder, result)
     return result
 
@@ -205,7 +202,7 @@ def _check_options(recipe: Recipe, finetune: bool) -> None:
     problems = []
     if recipe.prune.mode != "after_training":
         problems.append(f"prune.mode: expected after_training for this benchmark, found {recipe.prune.mode}")
-    elif not _recalibration(recipe):
+    elif not recalibration_images(recipe):
         problems.append("prune.recalibrate: expected above 0 for this benchmark, found 0")
     if finetune and not recipe.finetune.epochs:
         problems.append("finetune.epochs: expected at least 1 with --finetune, found 0")
@@ -225,22 +222,6 @@ def _check_levels(recipe: Recipe, levels: Sequence[float]) -> None:
     ]
     if problems:
         raise InputError(*problems)
-
-
-def _recalibration(recipe: Recipe) -> int:
-    """Images for BatchNorm, whether the recipe's own run repairs or not."""
-    wanted: int | None = recipe.prune.recalibrate
-    return _RECALIBRATED if wanted is None else wanted
-
-
-def _seeded(recipe: Recipe, seed: int) -> Recipe:
-    # name and description take no part, and could differ when the benchmark is resumed
-    update = {"name": f"dense-seed-{seed}", "description": "a dense network of a benchmark", "seed": seed}
-    return recipe.model_copy(update=update)
-
-
-def _dense_folder(folder: Path, seed: int) -> Path:
-    return folder / "dense" / f"seed={seed}"
 
 
 def _earlier(folder: Path, recipe: Recipe, resume: bool) -> dict[Key, Cell]:
@@ -296,63 +277,7 @@ def _finished(cell: Cell | None, finetune: bool) -> bool:
 # --- the cells of one seed ----------------------------------------------------------------------------------------
 
 
-@dataclass
-class _Ground:
-    """What all cells of a seed share: the trained network and the images. Nothing in it is changed."""
-
-    recipe: Recipe
-    model: nn.Module
-    accuracy: float
-    example: Tensor
-    limits: Limits
-    dense: Baseline
-    calibration: Calibration
-    recalibration: list[Tensor]
-    repair_images: list[Tensor]
-    train: ImageSource
-    test: ImageSource
-
-    @classmethod
-    def trained(cls, recipe: Recipe, folder: Path, device: str, track: Track) -> _Ground:
-        """Trains the dense network, or loads it where the folder holds it."""
-        run = train_dense(recipe, folder, device=device, track=track)
-        observe = recipe.prune.observe
-        images, labels = zip(*run.labelled(observe.samples, "calibration images"), strict=True)
-        calibration = Calibration(torch.cat(images), torch.cat(labels), run.example, run.data.num_classes, observe)
-        recalibration = list(run.calibration(_recalibration(recipe), "recalibration images"))
-        repairing = list(run.calibration(recipe.prune.repair_samples, "images to repair on", recipe.data.augment))
-        model = run.model.eval().to(memory_format=torch.channels_last)  # faster on CPU and GPU alike
-        return cls(
-            recipe, model, run.results["dense_accuracy"], run.example, run.limits, run.dense, calibration,
-            recalibration, repairing, run.train_images, run.test_images,
-        )  # fmt: skip
-
-    def recalibrated(self, model: nn.Module) -> nn.Module:
-        found = copy.deepcopy(model)
-        recalibrate_batchnorm(found, self.recalibration)
-        return found
-
-    def repaired(self, model: nn.Module, removals: Mapping[str, Sequence[int]]) -> nn.Module:
-        found = copy.deepcopy(model)
-        repair_network(found, self.model, self.example, removals, self.repair_images, seed=self.recipe.seed)
-        return found
-
-    def finetuned(self, model: nn.Module) -> nn.Module:
-        """Fine-tuned as `run.run_recipe` does it.
-
-        Raises:
-            DivergedError: the loss is not finite.
-        """
-        found, options = copy.deepcopy(model), self.recipe.finetune
-        seed = derive_seed(self.recipe.seed, "finetune")
-        torch.manual_seed(seed)
-        trainer = Trainer(found, self.train, options, seed, self.recipe.data.augment)
-        for number in range(options.epochs):
-            trainer.epoch(number)
-        return found
-
-
-def _run_cells(ground: _Ground, keys: Sequence[Key], finetune: bool) -> Iterator[Cell]:
+def _run_cells(ground: Ground, keys: Sequence[Key], finetune: bool) -> Iterator[Cell]:
     """The cells of one seed and criterion, which is built once for all of them."""
     scored, name = copy.deepcopy(ground.model), keys[0].criterion
     criterion, reason = None, None
@@ -372,7 +297,7 @@ def _run_cells(ground: _Ground, keys: Sequence[Key], finetune: bool) -> Iterator
         yield cell
 
 
-def _fill(cell: Cell, ground: _Ground, key: Key, criterion: Criterion, scored: nn.Module, finetune: bool) -> None:
+def _fill(cell: Cell, ground: Ground, key: Key, criterion: Criterion, scored: nn.Module, finetune: bool) -> None:
     """Prunes and tests; notes the reason where that is not possible."""
     torch.manual_seed(derive_seed(key.seed, key.criterion, key.scope, str(key.level)))  # what "random" draws from
     trial = criterion.unchanged() if isinstance(criterion, DyingNeuronImportance) else contextlib.nullcontext()

@@ -137,6 +137,8 @@ def _parser() -> argparse.ArgumentParser:
     overhead.add_argument("--width", type=_positive, default=64, help="of ResNet-18; default: 64")
     overhead.add_argument("--batch", type=_positive, default=64, help="images per training step; default: 64")
     overhead.add_argument("--rounds", type=_positive, default=15, help="timed rounds of each; default: 15")
+    overhead.add_argument("--images", type=_positive, default=256, help="that criteria and repair see; default: 256")
+    overhead.add_argument("--side", type=_positive, default=32, help="of these images, in pixels; default: 32")
     overhead.add_argument("--json", action="store_true", help="print JSON")
     takes_device(overhead)
 
@@ -154,6 +156,12 @@ def _parser() -> argparse.ArgumentParser:
         "--resume", action="store_true", help="go on with the benchmark in the folder; the lists may be others"
     )
     takes_device(criteria)
+
+    sensitivity = command("sensitivity", _bench_sensitivity, "accuracy with a share of one layer removed", benches)
+    takes_recipe(sensitivity)
+    sensitivity.add_argument("--output", metavar="DIR", required=True, help="folder; may be that of bench criteria")
+    sensitivity.add_argument("--shares", metavar="X,X,...", help="of a layer; default: 0.25,0.5,0.75,0.9")
+    takes_device(sensitivity)
     return parser
 
 
@@ -363,10 +371,35 @@ def _recipes(arguments: argparse.Namespace) -> int:
 
 
 def _bench_overhead(arguments: argparse.Namespace) -> int:
-    from .bench import overhead
+    from .bench import costs, overhead
 
     found = overhead(width=arguments.width, batch=arguments.batch, rounds=arguments.rounds, device=arguments.device)
-    _show(json.dumps(found, indent=1) if arguments.json else "\n".join(found["lines"]))
+    found["criteria"] = costs(
+        width=arguments.width, images=arguments.images, side=arguments.side, device=arguments.device
+    )
+    lines = [*found["lines"], *found["criteria"]["lines"]]
+    _show(json.dumps(found, indent=1) if arguments.json else "\n".join(lines))
+    return DONE
+
+
+def _bench_sensitivity(arguments: argparse.Namespace) -> int:
+    from rich.table import Table
+
+    from .bench_sensitivity import run_sensitivity, shares_of, table
+    from .recipe import load_recipe, located
+
+    file = _recipe_file(arguments.recipe)
+    shares = shares_of(arguments.shares)
+    recipe = load_recipe(file, arguments.overrides)
+    try:
+        result = run_sensitivity(recipe, arguments.output, shares, device=arguments.device, track=_track)
+    except InputError as error:
+        raise located(error, file, arguments.overrides) from None
+    head, *rows = table(result)
+    shown = Table(*head, title=f"accuracy in %, as it is / repaired; dense {100 * result['dense']:.2f}")
+    for row in rows:
+        shown.add_row(*row)
+    _show(shown, f"Written to {arguments.output}: sensitivity.md, sensitivity.json, sensitivity.png")
     return DONE
 
 

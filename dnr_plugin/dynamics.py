@@ -125,7 +125,8 @@ class DyingNeuronDynamics:
         dying_entropy: a neuron whose activation histogram has at most this entropy in bits, and less than at the
             check before, is dying and goes as the dead ones do; None: only dead ones.
         min_samples: samples per layer that a check needs; it is put off until so many were read.
-        importance: ranks the neurons and sets how they are read; `DyingNeuronImportance()` by default.
+        importance: ranks the neurons and sets how they are read; `DyingNeuronImportance("variation")` by
+            default; any score but redundancy.
         scope: "local", "global" or "isomorphic" (`planning.plan_removal`).
         limits: what may be removed.
         dense: `planning.baseline` of the dense model, when going on with one that was pruned.
@@ -173,7 +174,9 @@ class DyingNeuronDynamics:
         self.model, self.example, self.optimizer = model, one_sample(example_inputs), optimizer
         self.when, self.policy, self.min_samples = when, policy, min_samples
         self._zeroing = zero
-        self.importance = importance or DyingNeuronImportance()
+        self.importance = importance or DyingNeuronImportance("variation", moments=False)
+        if self.importance.score == "redundancy":
+            raise ValueError("importance: expected another score, since no second moments are gathered while training")
         self.scope, self.limits, self.fold = scope, limits, fold
         self.dense = dense or baseline(model, example_inputs)
         self._layers()  # what the limits name must exist

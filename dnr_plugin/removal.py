@@ -146,7 +146,7 @@ def remove_dead_neurons(
         InputError: fewer than ``min_samples`` samples; the model cannot be traced; an ignored name that fits nothing.
         ValueError: activations that are not finite.
     """
-    importance = DyingNeuronImportance()
+    importance = DyingNeuronImportance("variation", moments=False)
     batches = iter(calibration)
     first = next(batches, None)
     if first is None:
