@@ -117,7 +117,7 @@ def overhead(
 
 
 def costs(*, width: int = 64, images: int = 256, side: int = 32, device: str = "auto", seed: int = 0) -> dict[str, Any]:
-    """What criteria cost from a trained network to scores, and repair on top: seconds and peak memory, one after another.
+    """What criteria cost from a trained network to scores, and repair on top, one after another: seconds, peak memory.
 
     Magnitude needs nothing but weights, Taylor a gradient of all images, redundancy their second moments. Repair is of
     the network at half of its FLOPs.

@@ -245,7 +245,7 @@ class _Run:
             kind=target.kind if target else None, value=target.value if target else 1.0,
             patience=options.patience, zero=options.zero, ramp=options.ramp, margin=options.margin,
             max_share=options.max_share, dying_entropy=options.dying_entropy, min_samples=prune.observe.min_samples,
-            importance=self.importance(), scope=prune.scope, limits=self.limits if target else Limits(),
+            importance=self.importance(training=True), scope=prune.scope, limits=self.limits if target else Limits(),
             dense=self.dense, fold=prune.fold,
         )  # fmt: skip
 
@@ -322,13 +322,13 @@ class _Run:
             )  # fmt: skip
         return plan
 
-    def importance(self) -> DyingNeuronImportance:
+    def importance(self, training: bool = False) -> DyingNeuronImportance:
         options = self.recipe.prune
-        read = options.observe
-        moments = options.criterion == "redundancy"
-        return DyingNeuronImportance(
-            options.criterion, threshold=read.threshold, share=read.share, bins=read.bins, moments=moments
-        )
+        read, score = options.observe, options.criterion
+        if training and score == "redundancy":  # which is scored after training, and here nothing is
+            score = "variation"
+        moments = score == "redundancy"
+        return DyingNeuronImportance(score, threshold=read.threshold, share=read.share, bins=read.bins, moments=moments)
 
     def observe(self, importance: DyingNeuronImportance) -> None:
         wanted = self.recipe.prune.observe
