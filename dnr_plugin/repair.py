@@ -38,6 +38,7 @@ from .graph import build_graph, kept_modes
 from .inputs import call
 from .observe import is_consumer, module_names
 from .patches import channels_second, patches
+from .redundancy import factor
 
 _DAMPINGS = (1e-7, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # shares of the inputs' mean variance
 _HELD_OUT = 0.25  # share of the images that chooses among them
@@ -380,9 +381,7 @@ class _Solver:
     def solve(self, moments: _Moments, damping: float, constants: Tensor) -> tuple[Tensor, Tensor]:
         """Weights [out, in] and constants [out]: those given, where they may not change."""
         if damping not in self.factors:
-            # dead or duplicated inputs make the moments singular: the smallest damping is above rounding
-            ridge = damping * self.second.diagonal().mean() + 1e-30
-            self.factors[damping] = torch.linalg.cholesky(self.second + ridge * torch.eye(len(self.mean)).to(self.mean))
+            self.factors[damping] = factor(self.second, damping)
         goal = moments.yx[:, -1] / moments.rows
         cross = moments.yx[:, :-1] / moments.rows
         if self.constant:
