@@ -123,6 +123,7 @@ def factor(moments: Tensor, damping: float) -> Tensor:
     if not math.isfinite(size):
         raise RunError("second moments: expected finite ones, found others: activations are too large for float32")
     one = torch.eye(len(moments)).to(moments)
+    found: Tensor
     while True:
         found, failed = torch.linalg.cholesky_ex(moments + (damping * size + _TINY) * one)
         if not failed:

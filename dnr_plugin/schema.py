@@ -282,7 +282,7 @@ class PruneOptions(Section):
     )
     repair: bool = Field(
         default=True,
-        description="after_training only: fit the layers that are left, in closed form, to what the dense network's gave",
+        description="after_training only: fit the layers that are left, in closed form, to what the dense ones gave",
     )
     repair_samples: int = Field(
         default=4096, ge=64, description="training images for it, augmented as in training; fewer where they are large"

@@ -51,7 +51,8 @@ def test_weights_times_patches_are_the_outputs(name: str) -> None:
     found = patches(module, a, where)
     assert found.shape == (3 * len(where), 4 * taps(module))
     products = [
-        x @ w.T for x, w in zip(found.chunk(module.groups, 1), module.weight.flatten(1).chunk(module.groups), strict=True)
+        x @ w.T
+        for x, w in zip(found.chunk(module.groups, 1), module.weight.flatten(1).chunk(module.groups), strict=True)
     ]
     rows = expected.flatten(2)[:, :, where].transpose(1, 2).flatten(0, 1)  # the places of one sample together
     torch.testing.assert_close(torch.cat(products, 1) + module.bias, rows, rtol=1e-4, atol=1e-5)
