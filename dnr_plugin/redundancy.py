@@ -119,7 +119,7 @@ def factor(moments: Tensor, damping: float) -> Tensor:
     Raises:
         RunError: they are not finite.
     """
-    size = float(moments.diagonal().mean()) if len(moments) else 0.0
+    size = float(moments.diagonal().abs().mean()) if len(moments) else 0.0
     if not math.isfinite(size):
         raise RunError("second moments: expected finite ones, found others: activations are too large for float32")
     one = torch.eye(len(moments)).to(moments)
