@@ -120,15 +120,14 @@ def factor(moments: Tensor, damping: float) -> Tensor:
         RunError: they are not finite.
     """
     size = float(moments.diagonal().abs().mean()) if len(moments) else 0.0
-    if not math.isfinite(size):
-        raise RunError("second moments: expected finite ones, found others: activations are too large for float32")
     one = torch.eye(len(moments)).to(moments)
     found: Tensor
-    while True:
+    for _ in range(20 if math.isfinite(size) else 0):
         found, failed = torch.linalg.cholesky_ex(moments + (damping * size + _TINY) * one)
         if not failed:
             return found
         damping *= 10.0
+    raise RunError("second moments: expected finite ones, found others: activations are too large for float32")
 
 
 def reproduce(covariances: Sequence[Tensor], gone: Tensor, weights: Tensor) -> Tensor:
