@@ -147,7 +147,8 @@ def correct(graph: tp.DependencyGraph, e: Evidence) -> str | None:
     each = moments.each
     place = place_of_constant(graph, module)
     constant = isinstance(place, Tensor)
-    found = [moments.mean_and_covariance(half) for half in (None, 0, 1) if half is None or moments.batches > 1]
+    halves = (None, 0, 1) if moments.sums[:, -1, -1].all() else (None,)
+    found = [moments.mean_and_covariance(half) for half in halves]
     mean, covariances = found[0][0], [cov if constant else cov + torch.outer(mu, mu) for mu, cov in found]
     gone = torch.zeros(len(mean), dtype=torch.bool)
     gone[moments.columns(e.use.channels).flatten()] = True

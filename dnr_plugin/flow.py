@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .graph import kept_modes
-from .inputs import call
+from .inputs import call, tensors
 from .observe import is_consumer, module_names
 
 _ADD = {"add", "__add__", "__radd__", "add_", "__iadd__"}
@@ -83,12 +83,30 @@ class Calls(TorchFunctionMode):
 
 
 class _Value:
-    """A tensor that still is some consumer's output, perhaps behind a BatchNorm or a sum."""
+    """A tensor that still is some consumer's output, perhaps behind a BatchNorm or a sum.
+
+    Attributes:
+        readers: functions that read it, and "return" where the model returns it.
+        norm: name of a BatchNorm that reads it, with its result; None where none does.
+        sum: a call that adds to it what another call gave before, with its result; None where none does.
+    """
 
     def __init__(self, tensor: Tensor, consumer: str, summed: bool = False) -> None:
         self.tensor = weakref.ref(tensor)
         self.consumer, self.summed = consumer, summed
         self.readers: list[str] = []
+        self.norm: tuple[str, _Value] | None = None
+        self.sum: tuple[int, int, _Value] | None = None
+
+    def site(self, size: int) -> Site:
+        """Of the consumer whose outputs these are: what alone reads them, step by step."""
+        value, norm, total, other = self, None, None, None
+        if value.norm is not None and len(value.readers) == 1:
+            norm, value = value.norm
+        if value.sum is not None and len(value.readers) == 1:
+            total, other, value = value.sum
+        rectified = len(value.readers) == 1 and value.readers[0] in _RELU
+        return Site(norm, total, other, rectified, size)
 
 
 class _Trace(Calls):
@@ -97,24 +115,26 @@ class _Trace(Calls):
         self.values: dict[int, _Value] = {}
         self.made: dict[int, tuple[weakref.ref[Tensor], int]] = {}
         self.started: dict[str, int] = {}
-        self.norms: dict[str, str] = {}
-        self.sums: dict[str, tuple[int, int]] = {}
-        self.last: dict[str, _Value] = {}
+        self.first: dict[str, _Value] = {}
 
     def value(self, tensor: Any) -> _Value | None:
         found = self.values.get(id(tensor))
         return found if found is not None and found.tensor() is tensor else None
 
-    def follow(self, tensor: Tensor, consumer: str, summed: bool = False) -> None:
-        self.values[id(tensor)] = self.last[consumer] = _Value(tensor, consumer, summed)
+    def follow(self, tensor: Tensor, consumer: str, summed: bool = False) -> _Value:
+        self.values[id(tensor)] = value = _Value(tensor, consumer, summed)
+        return value
+
+    def read(self, values: Any, reader: str) -> None:
+        for value in filter(None, map(self.value, tensors(values))):
+            value.readers.append(reader)
 
     def seen(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        name = getattr(func, "__name__", "")
+        if next(tensors(result), None) is not None:  # not for its shape alone
+            self.read([*args, kwargs], name)
         if not isinstance(result, Tensor):
             return
-        name = getattr(func, "__name__", "")
-        read = [value for value in map(self.value, [*args, *kwargs.values()]) if value is not None]
-        for value in read:
-            value.readers.append(name)
         if name in _ADD and not kwargs and len(args) == 2 and all(isinstance(a, Tensor) for a in args):
             self.add(args, result)
         elif id(result) in self.values:  # changed in place: no longer what the layer gave
@@ -133,8 +153,7 @@ class _Trace(Calls):
         if reference is None or reference() is not other or number >= self.started[value.consumer]:
             self.values.pop(id(result), None)
             return
-        self.sums[value.consumer] = self.count, number
-        self.follow(result, value.consumer, summed=True)
+        value.sum = self.count, number, self.follow(result, value.consumer, summed=True)
 
 
 def trace_sites(model: nn.Module, inputs: Any) -> dict[str, Site]:
@@ -160,17 +179,14 @@ def trace_sites(model: nn.Module, inputs: Any) -> dict[str, Site]:
 
     def after(module: nn.Module, args: Any, output: Any) -> None:
         if isinstance(output, Tensor):
-            trace.follow(output, names[module])
+            trace.first[names[module]] = trace.follow(output, names[module])
             with trace.paused():
                 sizes[names[module]] = output.numel() // max(len(output), 1)
 
     def normed(module: nn.Module, args: Any, output: Any) -> None:
         value = trace.value(args[0]) if args else None
-        if value is None or value.summed or value.consumer in trace.norms:
-            return
-        if len(value.readers) == 1:
-            trace.norms[value.consumer] = names[module]
-            trace.follow(output, value.consumer)
+        if value is not None and not value.summed and value is trace.first[value.consumer]:
+            value.norm = names[module], trace.follow(output, value.consumer)
 
     for module in names:
         if is_consumer(module):
@@ -180,15 +196,14 @@ def trace_sites(model: nn.Module, inputs: Any) -> dict[str, Site]:
     try:
         with kept_modes(model), torch.no_grad(), trace:
             model.eval()
-            call(model, inputs)
+            outputs = call(model, inputs)
+            with trace.paused():
+                trace.read(outputs, "return")
     finally:
         for handle in handles:
             handle.remove()
-    sites = {}
-    for name in trace.started:
-        if name in again:
-            continue
-        rectified = name in trace.last and len(r := trace.last[name].readers) == 1 and r[0] in _RELU
-        total, other = trace.sums.get(name, (None, None))
-        sites[name] = Site(trace.norms.get(name), total, other, rectified, sizes.get(name, 0))
-    return sites
+    return {
+        name: trace.first[name].site(sizes[name]) if name in trace.first else Site()
+        for name in trace.started
+        if name not in again
+    }

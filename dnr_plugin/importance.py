@@ -32,6 +32,7 @@ class DyingNeuronImportance(tp.importance.Importance):  # type: ignore[misc]
     ================== ============================================================== =============================
     score              formula                                                        reduced over consumers by
     ================== ============================================================== =============================
+    redundancy         what outputs lose once the other neurons stand in for it       sum
     contribution       :math:`\overline{|a|}\,\lVert W_{:,c}\rVert_2`                 sum
     variation          :math:`\operatorname{std}(a)\,\lVert W_{:,c}\rVert_2`          sum
     magnitude          :math:`m_c=\overline{|a|}`                                     max

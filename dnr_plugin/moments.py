@@ -106,8 +106,8 @@ class Moments:
         return left
 
     def state_dict(self) -> dict[str, Any]:
-        """Sums on the CPU, and how many batches they are of."""
-        return {"sums": self.sums.cpu(), "batches": self.batches}
+        """Sums on the CPU, and how many batches they are of; a copy, since sums grow in place."""
+        return {"sums": self.sums.to("cpu", copy=True), "batches": self.batches}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from what `state_dict` returned, for as many features."""

@@ -60,6 +60,14 @@ def input_channels(module: nn.Module) -> int:
     raise TypeError(f"{type(module).__name__} is not a consumer")
 
 
+def output_channels(module: nn.Module) -> int:
+    """Output channels of a consumer (features of a linear layer, embedding size of attention)."""
+    for name in ("out_channels", "out_features", "embed_dim"):
+        if hasattr(module, name):
+            return int(getattr(module, name))
+    raise TypeError(f"{type(module).__name__} is not a consumer")
+
+
 def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """What a consumer is called on: its first argument, by position or name; None where that is no float tensor."""
     a = args[0] if args else kwargs.get("input", kwargs.get("query"))

@@ -15,11 +15,14 @@ columns of a layer's weights as in Frantar and Alistarh, *Optimal Brain Compress
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from .errors import RunError
 
 # Damping as a share of the mean variance. In a score: of a singular covariance; what it hides costs next to nothing.
 _DAMPING = 1e-4
@@ -55,7 +58,15 @@ def damages(readers: Sequence[Reader], neurons: int) -> tuple[list[int], Tensor]
         Neurons in the order in which they go, and what each costs on top of those before, summed over all readers;
         >= 0, float64, shape [n].
     """
-    states = [_State(reader) for reader in readers]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # thousands of small products, for which threads would only wait for each other
+    try:
+        return _one_by_one([_State(reader) for reader in readers], neurons)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _one_by_one(states: Sequence[_State], neurons: int) -> tuple[list[int], Tensor]:
     left = torch.ones(neurons, dtype=torch.bool)
     order, costs = [], torch.zeros(neurons, dtype=torch.float64)
     for step in range(neurons):
@@ -78,8 +89,7 @@ class _State:
     def __init__(self, reader: Reader) -> None:
         self.reader = reader
         self.weights = reader.weights.clone()
-        damped = reader.covariance + _ridge(reader.covariance, _DAMPING)
-        self.inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+        self.inverse = torch.cholesky_inverse(factor(reader.covariance, _DAMPING))
         self.gone = torch.zeros(len(reader.neurons), dtype=torch.bool)
 
     def costs(self) -> Tensor:
@@ -106,9 +116,26 @@ class _State:
             self.gone[place] = True
 
 
-def _ridge(covariance: Tensor, damping: float) -> Tensor:
-    size = float(covariance.diagonal().mean()) if len(covariance) else 0.0
-    return torch.eye(len(covariance), dtype=torch.float64) * (damping * size + _TINY)
+def factor(moments: Tensor, damping: float) -> Tensor:
+    """Cholesky factor of second moments, damped.
+
+    Args:
+        moments: float64, shape [F, F]; positive semi-definite up to the rounding of float32 products.
+        damping: share of their mean diagonal that is added to it; ten times as much, and so on, where rounding left
+            more below zero.
+
+    Raises:
+        RunError: they are not finite.
+    """
+    size = float(moments.diagonal().abs().mean()) if len(moments) else 0.0
+    one = torch.eye(len(moments)).to(moments)
+    found: Tensor
+    for _ in range(20 if math.isfinite(size) else 0):
+        found, failed = torch.linalg.cholesky_ex(moments + (damping * size + _TINY) * one)
+        if not failed:
+            return found
+        damping *= 10.0
+    raise RunError("second moments: expected finite ones, found others: activations are too large for float32")
 
 
 def reproduce(covariances: Sequence[Tensor], gone: Tensor, weights: Tensor) -> Tensor:
@@ -127,7 +154,7 @@ def reproduce(covariances: Sequence[Tensor], gone: Tensor, weights: Tensor) -> T
     def fit(covariance: Tensor, damping: float) -> Tensor:
         kept = covariance[~gone][:, ~gone]
         cross = weights[:, gone] @ covariance[gone][:, ~gone]
-        return torch.cholesky_solve(cross.T, torch.linalg.cholesky(kept + _ridge(kept, damping))).T
+        return torch.cholesky_solve(cross.T, factor(kept, damping)).T
 
     def error(change: Tensor, covariance: Tensor) -> float:
         difference = torch.empty_like(weights)

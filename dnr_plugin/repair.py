@@ -22,6 +22,7 @@ Source: He et al., *Channel Pruning for Accelerating Very Deep Neural Networks*,
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -36,8 +37,9 @@ from .errors import InputError, RunError
 from .flow import Calls, Site, trace_sites
 from .graph import build_graph, kept_modes
 from .inputs import call
-from .observe import is_consumer, module_names
+from .observe import input_channels, is_consumer, module_names, output_channels
 from .patches import channels_second, patches
+from .redundancy import factor
 
 _DAMPINGS = (1e-7, 1e-3, 1e-2, 1e-1, 1.0)  # shares of the inputs' mean variance
 _HELD_OUT = 0.25  # share of the images that chooses among them
@@ -46,6 +48,7 @@ _MAX_UNKNOWNS = 8192  # weights of one output: beyond, the moments of the inputs
 _FLAT = 1e-6  # of a BatchNorm's scale
 _SAME = 1e-12  # share of the variance that rounding explains
 _CHUNK = 64  # images that are read at the same positions
+_OTHERWISE = "{}: the pruned model was expected to run like the dense one, found otherwise"
 
 
 @dataclass(frozen=True)
@@ -87,8 +90,8 @@ def kept_channels(dense: nn.Module, example_inputs: Any, removals: Mapping[str, 
     modules = dict(dense.named_modules())
     kept = {
         name: Kept(
-            torch.ones(graph.get_in_channels(module), dtype=torch.bool),
-            torch.ones(graph.get_out_channels(module), dtype=torch.bool),
+            torch.ones(input_channels(module), dtype=torch.bool),
+            torch.ones(output_channels(module), dtype=torch.bool),
         )
         for name, module in modules.items()
         if is_consumer(module)
@@ -147,23 +150,30 @@ def repair_network(
     )
     rows = max(16384, 8 * len(images)) if rows is None else rows
     places = {name: _Places(f"{seed} {name}", rows, len(images)) for name in sites}
-    targets = _targets(dense, sites, places, images)
+    left = {name: _left(module) for module, name in module_names(model).items() if name in sites}
+    targets = _targets(dense, {name: site for name, site in sites.items() if left[name] is None}, places, images)
     done = {name: LayerRepair(name, left="it runs more than once, or not at all") for name in kept if name not in sites}
     modules = {name: module for module, name in module_names(model).items()}
     others: dict[int, Tensor] = {}
-    wanted = {site.other: _keeper(others, site.other) for site in sites.values() if site.other is not None}
-    calls = Calls(wanted)
+    waiting = Counter(site.other for name, site in sites.items() if site.other is not None and left[name] is None)
+    calls = Calls({number: _keeper(others, number) for number in waiting})
 
     def fit(name: str) -> Callable[[nn.Module, Any], None]:
         def hook(module: nn.Module, args: Any) -> None:
             with calls.paused():
                 site = sites[name]
+                if left[name] is not None:
+                    done[name] = LayerRepair(name, left=left[name])
+                    return
                 if name not in targets or (site.other is not None and site.other not in others):
-                    raise RunError(f"{name}: the pruned model was expected to run like the dense one, found otherwise")
+                    raise RunError(_OTHERWISE.format(name))
                 target = targets.pop(name)[:, kept[name].outputs.to(images.device)]
                 other = None
                 if site.other is not None:
-                    other = places[name].pick(channels_second(module, others.pop(site.other)), 0)
+                    other = places[name].pick(channels_second(module, others[site.other]), 0)
+                    waiting[site.other] -= 1
+                    if not waiting[site.other]:
+                        del others[site.other]
                 norm = modules[site.norm] if site.norm is not None else None
                 assert norm is None or isinstance(norm, nn.modules.batchnorm._BatchNorm)
                 done[name] = _fit_layer(name, module, norm, site.rectified, args[0], target, other, places[name])
@@ -178,7 +188,19 @@ def repair_network(
     finally:
         for handle in handles:
             handle.remove()
+    if targets:
+        raise RunError(_OTHERWISE.format(next(iter(targets))))
     return list(done.values())
+
+
+def _left(module: nn.Module) -> str | None:
+    """Why a layer cannot be fitted, or None."""
+    if not isinstance(module, nn.Linear) and (not isinstance(module, nn.modules.conv._ConvNd) or module.transposed):
+        return f"{type(module).__name__} is not repaired"
+    unknowns = module.weight[0].numel()
+    if unknowns > _MAX_UNKNOWNS:
+        return f"its outputs read {unknowns} inputs each, more than {_MAX_UNKNOWNS}"
+    return None
 
 
 def _some(batches: Iterable[Tensor], most: int) -> Tensor:
@@ -384,9 +406,7 @@ class _Solver:
     def solve(self, moments: _Moments, damping: float, constants: Tensor) -> tuple[Tensor, Tensor]:
         """Weights [out, in] and constants [out]: those given, where they may not change."""
         if damping not in self.factors:
-            # dead or duplicated inputs make the moments singular: the smallest damping is above rounding
-            ridge = damping * self.second.diagonal().mean() + 1e-30
-            self.factors[damping] = torch.linalg.cholesky(self.second + ridge * torch.eye(len(self.mean)).to(self.mean))
+            self.factors[damping] = factor(self.second, damping)
         goal = moments.yx[:, -1] / moments.rows
         cross = moments.yx[:, :-1] / moments.rows
         if self.constant:
@@ -420,11 +440,7 @@ def _fit_layer(
         other: what is added in the pruned network, shape [R, out].
         places: where.
     """
-    if not isinstance(module, nn.Linear) and (not isinstance(module, nn.modules.conv._ConvNd) or module.transposed):
-        return LayerRepair(name, left=f"{type(module).__name__} is not repaired")
-    unknowns = module.weight[0].numel()
-    if unknowns > _MAX_UNKNOWNS:
-        return LayerRepair(name, left=f"its outputs read {unknowns} inputs each, more than {_MAX_UNKNOWNS}")
+    assert isinstance(module, nn.Linear | nn.modules.conv._ConvNd)
     wide = torch.promote_types(a.dtype, torch.float32)
     x, goal = _read(module, a, places).to(wide), goal.to(wide)
     other = torch.zeros_like(goal) if other is None else other.to(wide)

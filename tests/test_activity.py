@@ -10,6 +10,7 @@ import pytest
 import scipy.stats
 import torch
 from ranks import run_two_ranks
+from test_moments import read
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -289,10 +290,12 @@ RANK = """
 import sys, pickle, torch, torch.distributed as dist
 sys.path[:0] = sys.argv[3:]
 from test_activity import data, observed
+from test_moments import read
 rank, where = int(sys.argv[1]), sys.argv[2]
 dist.init_process_group("gloo", init_method=f"file://{where}/init", rank=rank, world_size=2)
 a = data(n=30)
 mine = observed(a[:11] if rank == 0 else a[11:])
+mine.moments = read(rank)
 mine.all_reduce()
 pickle.dump(mine, open(f"{where}/{rank}.pkl", "wb"))
 for culprit in (0, 1):
@@ -307,10 +310,13 @@ dist.destroy_process_group()
 
 
 def test_two_ranks_equal_one_process(tmp_path: Path) -> None:
-    """Sums, counts, maxima and minima over gloo; a NaN on one rank is known to both."""
+    """Sums, counts, maxima and minima over gloo; second moments as well; a NaN on one rank is known to both."""
     run_two_ranks(RANK, tmp_path)
+    moments = read(0).merged(read(1))
     for rank in (0, 1):
-        assert_same(pickle.loads((tmp_path / f"{rank}.pkl").read_bytes()), observed(data(n=30)))
+        found = pickle.loads((tmp_path / f"{rank}.pkl").read_bytes())
+        assert_same(found, observed(data(n=30)))
+        torch.testing.assert_close(found.moments.sums, moments.sums)
         for culprit in (0, 1):
             assert not pickle.loads((tmp_path / f"{rank}.nan{culprit}.pkl").read_bytes()).finite
 

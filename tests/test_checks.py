@@ -13,7 +13,7 @@ from dnr_plugin.recipe import load_recipe
 
 # 320 images in batches of 32: ten steps an epoch, ten epochs
 BASE = ["train.epochs=10", "prune.observe={samples: 64, min_samples: 32}", "prune.mode=dynamic",
-        "prune.recalibrate=2048"]  # fmt: skip
+        "prune.recalibrate=null"]  # fmt: skip
 WATCH = [*BASE, "prune.mode=watch", "prune.target=null"]
 
 
@@ -127,7 +127,7 @@ def test_what_cannot_be_known_is_not_refused(tiny: Path) -> None:
 )
 def test_options_that_the_mode_does_not_use(tiny: Path, overrides: list[str], expected: str) -> None:
     with pytest.raises(InputError) as caught:
-        load_recipe(tiny, ["prune.recalibrate=2048", *overrides])
+        load_recipe(tiny, ["prune.recalibrate=null", *overrides])
     (problem,) = caught.value.problems
     assert f"prune.{expected}" in problem
 
@@ -144,7 +144,7 @@ def test_options_that_the_mode_does_not_use(tiny: Path, overrides: list[str], ex
     ],
 )
 def test_options_that_it_does_use(tiny: Path, overrides: list[str]) -> None:
-    load_recipe(tiny, ["prune.recalibrate=2048", *overrides])
+    load_recipe(tiny, ["prune.recalibrate=null", *overrides])
 
 
 def test_noise_on_live_neurons_is_for_training_alone(tiny: Path) -> None:

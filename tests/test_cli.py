@@ -37,7 +37,7 @@ def _refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     [
         ("model.name=resnet19", "--set model.name=resnet19: model.name: expected one of resnet18, "),
         ("data.name=cifar11", "data.name: expected one of shapes, cifar10, "),
-        ("prune.score=contributoin", "prune.score: expected one of contribution, variation, "),
+        ("prune.score=contributoin", "prune.score: expected one of redundancy, contribution, "),
         ("prune.target.params=0.5", "expected exactly one of flops, params, latency, "),
         ("prune.target={flops: 0.001}", "prune.target.flops: expected at least 0."),
         ("prune.ignored=['layer*', conv1, bn1]", "expected at least one layer whose channels may be removed"),
@@ -53,7 +53,10 @@ def _refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         ("nothing.here=1", "nothing: "),
         ("prune.ignored=[conv1, layer1, layer2, layer3]", "prune.target.flops: expected at least 0."),
         ("train={epochs: 1, optimizer: adam, momentum: 0.5}", "train.momentum: expected nothing for adam, found 0.5"),
-        ("prune={target: {flops: 0.5}, steps: 2, recalibrate: 0}", "prune.recalibrate: expected above 0 with several"),
+        (
+            "prune={target: {flops: 0.5}, steps: 2, recalibrate: 0, repair: false}",
+            "prune.recalibrate: expected above 0, or repair, with several",
+        ),
         ("prune={target: {dead: true}, steps: 2}", "prune.steps: expected 1 with target dead"),
         ("model={name: torch.nn:Identity}", "model: expected scores of shape [N, 10], found [1, 3, 16, 16]"),
         ("model={name: 'torch.nn:Nowhere'}", "model.name: expected a function 'Nowhere' in torch.nn"),

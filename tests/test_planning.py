@@ -7,7 +7,7 @@ import functools
 import math
 import random
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -259,6 +259,72 @@ def test_global_scope_follows_the_scores() -> None:
     assert plan.removals == {"0.0": list(range(7)), "1.0": list(range(7))}
     plan = plan_removal(model, X, importance, "neuron_sparsity", 4 / 16, scope="local")
     assert plan.removals == {"0.0": [0, 1], "1.0": [0, 1]}
+
+
+def _fixed(scores: dict[str, Tensor], model: nn.Module) -> Callable[[tp.dependency.Group], Tensor | None]:
+    names = {module: name for name, module in model.named_modules()}
+    return lambda group: scores.get(names[group[0].dep.target.module])
+
+
+def _priced() -> nn.Module:
+    """Two hidden layers: a neuron of the first saves many FLOPs and few parameters, one of the second the reverse."""
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 60)
+    )
+
+
+@pytest.mark.parametrize(("kind", "value"), [("flops", 0.6), ("params", 0.7), ("weight_sparsity", 0.3)])
+def test_cost_aware_scope_takes_what_is_cheapest_for_what_it_saves(kind: str, value: float) -> None:
+    """Score per FLOP or per parameter, by hand; and the target is just reached."""
+    model = _priced()
+    scores = {"0": torch.arange(8.0) + 1.2, "2": torch.arange(8.0) * 0.5 + 0.9}
+    # weights and biases; multiplications at 8 x 8 positions, and the pooling of the second layer's channels
+    saved = {"0": 3 + 1 + 8, "2": 8 + 1 + 60} if kind != "flops" else {"0": 64 * (3 + 8), "2": 64 * 8 + 64 + 60}
+    plan = plan_removal(model, X, _fixed(scores, model), kind, value, scope="cost_aware")
+    ranked = sorted(
+        (float(score) / saved[name], name, k) for name, found in scores.items() for k, score in enumerate(found)
+    )
+    by_hand: dict[str, list[int]] = {}
+    for _, name, k in [entry for entry in ranked if entry[2] < 7][: plan.removed]:  # the last one of a layer stays
+        by_hand.setdefault(name, []).append(k)
+    assert plan.removals == dict(sorted(by_hand.items()))
+    pruned = copy.deepcopy(model)
+    prune_neurons(pruned, X, plan.removals)
+    assert plan.achieved == pytest.approx(_measured(kind, pruned, model), abs=1e-9)
+    fewer = plan_removal(
+        model, X, _fixed(scores, model), kind, plan.achieved + (1e-3 if kind != "weight_sparsity" else -1e-3),
+        scope="cost_aware",
+    )  # fmt: skip
+    assert fewer.removed <= plan.removed
+    assert plan.achieved <= value if kind != "weight_sparsity" else plan.achieved >= value
+
+
+def test_cost_aware_scope_favours_flops_or_parameters() -> None:
+    """All scores alike: the target says which layer goes."""
+    model = _priced()
+    scores = {"0": torch.ones(8), "2": torch.ones(8)}
+    flops = plan_removal(model, X, _fixed(scores, model), "flops", 0.9, scope="cost_aware")
+    params = plan_removal(model, X, _fixed(scores, model), "params", 0.9, scope="cost_aware")
+    assert flops.removals.keys() == {"0"}
+    assert params.removals.keys() == {"2"}
+
+
+def test_cost_aware_scope_ranks_neurons_for_themselves_as_global_does() -> None:
+    model = lively(Net(), DATA)
+    importance = _observed(model)
+    for value in (0.1, 0.4):
+        found, expected = (
+            plan_removal(model, X, importance, "neuron_sparsity", value, scope=scope)
+            for scope in ("cost_aware", "global")
+        )
+        assert found.removals == expected.removals
+
+
+def test_cost_aware_scope_takes_the_dead_first() -> None:
+    model = lively(Net(), DATA)
+    planted = plant(model, X, 0.25, 3)
+    plan = plan_removal(model, X, _observed(model), "flops", 0.5, scope="cost_aware")
+    assert all(set(gone) <= set(plan.removals.get(name, [])) for name, gone in planted.items())
 
 
 def test_statistics_follow() -> None:

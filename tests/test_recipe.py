@@ -301,6 +301,61 @@ OVERRIDES = {
 }
 
 
+def test_repair_and_what_it_settles(good: Path) -> None:
+    """By default neurons are ranked by redundancy, layers fitted, and statistics not taken anew."""
+    default = load_recipe(good).prune
+    assert (default.score, default.criterion, default.repair, default.repair_samples) == (
+        None,
+        "redundancy",
+        True,
+        4096,
+    )
+    assert (default.recalibrate, default.recalibration) == (None, 0)
+    without = load_recipe(good, ["prune.repair=false"]).prune
+    assert (without.criterion, without.recalibration) == ("redundancy", 2048)
+    assert load_recipe(good, ["prune.recalibrate=100"]).prune.recalibration == 100
+    assert load_recipe(good, ["prune.score=magnitude"]).prune.criterion == "magnitude"
+    assert load_recipe(good, ["prune.repair_samples=64"]).prune.repair_samples == 64
+    for mode in (["prune.mode=dynamic"], ["prune.mode=watch", "prune.target=null"]):
+        assert load_recipe(good, mode).prune.criterion == "variation"
+    several = load_recipe(good, ["prune.steps=2", "prune.recalibrate=0"]).prune
+    assert several.recalibration == 0
+    assert load_recipe(good, ["prune.scope=cost_aware"]).prune.scope == "cost_aware"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (
+            ["prune={target: {flops: 0.5}, repair: false, repair_samples: 100}"],
+            "prune.repair_samples: expected nothing without repair, found 100",
+        ),
+        (
+            ["prune={target: {flops: 0.5}, mode: dynamic, score: redundancy}"],
+            "prune.score: expected another with mode dynamic, which has no repair, found redundancy",
+        ),
+        (
+            ["prune={target: {flops: 0.5}, mode: dynamic, repair: false}"],
+            "prune.repair: expected nothing with mode dynamic, found false",
+        ),
+        (
+            ["prune={target: {flops: 0.5}, mode: dynamic, repair_samples: 100}"],
+            "prune.repair_samples: expected nothing with mode dynamic, found 100",
+        ),
+        (["prune={mode: watch, repair: false}"], "prune.repair: expected nothing with mode watch, found false"),
+        (["prune={mode: watch, score: redundancy}"], "prune.score: expected nothing with mode watch, found redundancy"),
+        (
+            ["prune={target: {flops: 0.5}, steps: 2, recalibrate: 0, repair: false}"],
+            "prune.recalibrate: expected above 0, or repair, with several steps, which observe in between, found 0",
+        ),
+        (["prune.repair_samples=10"], "prune.repair_samples: expected an integer of at least 64, found 10"),
+    ],
+)
+def test_options_of_repair_that_do_not_fit(good: Path, overrides: list[str], expected: str) -> None:
+    (problem,) = problems(good, *overrides)
+    assert problem == f"--set {overrides[-1]}: {expected}"
+
+
 @pytest.mark.parametrize(("overrides", "expected"), OVERRIDES.values(), ids=OVERRIDES.keys())
 def test_bad_override(good: Path, overrides: list[str], expected: list[str]) -> None:
     assert problems(good, *overrides) == [f"--set {overrides[-1]}: {line}" for line in expected]

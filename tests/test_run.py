@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import resource
@@ -16,16 +17,19 @@ import pytest
 import torch
 from runs import Killed, assert_same, events_of, lasting, stopping_after
 
-from dnr_plugin import checks, load_pruned
+from dnr_plugin import checks, load_pruned, run
 from dnr_plugin.errors import InputError
 from dnr_plugin.measure import flop_report
 from dnr_plugin.plots import CAPTIONS
 from dnr_plugin.recipe import load_recipe
+from dnr_plugin.removal import prune_neurons
+from dnr_plugin.repair import repair_network
+from dnr_plugin.report import facts
 from dnr_plugin.run import run_recipe
 
 CONTRACT = {
     "": {"name", "seed", "recipe", "device", "versions", "seconds", "dense", "pruned", "sparsity", "kept", "target",
-         "dead", "reactivated", "exact_removal", "layers", "skipped", "unsupported_ops"},
+         "dead", "reactivated", "exact_removal", "repair", "layers", "skipped", "unsupported_ops"},
     "seconds": {"train", "prune", "finetune", "total"},
     "dense": {"params", "flops", "accuracy"},
     "pruned": {"params", "flops", "accuracy", "accuracy_before_finetune"},
@@ -116,6 +120,46 @@ def test_a_run_stopped_anywhere_and_resumed_is_the_same_run(tiny: Path, tmp_path
             run_recipe(recipe, folder, track=stopping_after(calls))
         run_recipe(recipe, folder, resume=True)
         assert_same(lasting(folder), expected, calls)
+
+
+def test_repair_in_two_steps_knows_neurons_by_their_first_numbers(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each step hands on all that is gone so far as numbered in the dense network, whose BatchNorm weights tell."""
+    seen: list[dict[str, list[int]]] = []
+
+    def checked(model: Any, dense: Any, example: Any, removals: Any, images: Any, **options: Any) -> Any:
+        trial = copy.deepcopy(dense)
+        prune_neurons(trial, example, removals)
+        weights = {name: p for name, p in trial.named_parameters() if "bn" in name or "downsample.1" in name}
+        assert all(torch.equal(model.get_parameter(name), p) for name, p in weights.items())
+        assert len({float(v) for v in dense.bn1.weight}) == len(dense.bn1.weight)
+        seen.append(copy.deepcopy(removals))
+        return repair_network(model, dense, example, removals, images, **options)
+
+    monkeypatch.setattr(run, "repair_network", checked)
+    short = ["train.epochs=1", "finetune.epochs=0", "data.train_size=96", "model.width=6", "prune.recalibrate=null"]
+    steps = ["prune.target={neuron_sparsity: 0.4}", "prune.steps=2", "prune.scope=global"]
+    report = run_recipe(load_recipe(tiny, [*short, *steps]), tmp_path / "run")
+    first, second = seen
+    assert all(set(gone) <= set(second[name]) for name, gone in first.items())
+    removed = dict.fromkeys(second, 0)
+    for event in events_of(tmp_path / "run"):
+        if event["event"] == "removed":
+            removed[event["layer"]] += event["removed"]
+    assert {name: len(gone) for name, gone in second.items()} == removed
+    assert sum(removed.values()) > sum(map(len, first.values())) > 0
+
+    repair = report["repair"]
+    assert repair.keys() == {"layers", "error_before", "error_after", "left"}
+    assert repair["layers"] > 10
+    assert repair["error_after"] < repair["error_before"]
+    assert repair["left"] == []
+    (line,) = [line for line in facts(report) if line.startswith("Repair fitted")]
+    assert f"{repair['layers']} layers to the dense network's" in line
+    named = facts({**report, "repair": {**repair, "left": [["up", "ConvTranspose2d is not repaired"]]}})
+    assert "Repair left up as it was: ConvTranspose2d is not repaired." in named
+    assert not any("Repair" in line for line in facts({**report, "repair": None}))
 
 
 PRESSURE = """{epochs: 2, batch_size: 32, lr: 0.05, clip_norm: 1.0, pressure: {weight_decay_schedule: linear,
