@@ -126,7 +126,7 @@ class DyingNeuronDynamics:
             check before, is dying and goes as the dead ones do; None: only dead ones.
         min_samples: samples per layer that a check needs; it is put off until so many were read.
         importance: ranks the neurons and sets how they are read; `DyingNeuronImportance("variation")` by
-            default; any score but redundancy.
+            default. Redundancy, too, goes by variances alone here, as no second moments are gathered while training.
         scope: "local", "global" or "isomorphic" (`planning.plan_removal`).
         limits: what may be removed.
         dense: `planning.baseline` of the dense model, when going on with one that was pruned.
@@ -175,8 +175,6 @@ class DyingNeuronDynamics:
         self.when, self.policy, self.min_samples = when, policy, min_samples
         self._zeroing = zero
         self.importance = importance or DyingNeuronImportance("variation", moments=False)
-        if self.importance.score == "redundancy":
-            raise ValueError("importance: expected another score, since no second moments are gathered while training")
         self.scope, self.limits, self.fold = scope, limits, fold
         self.dense = dense or baseline(model, example_inputs)
         self._layers()  # what the limits name must exist

@@ -171,7 +171,8 @@ def test_too_wide_layers_are_scored_and_named_by_repair(monkeypatch: pytest.Monk
     variance = importance.observer.activities["4"].variance * model[4].weight.detach().double().square().sum(0)
     live = found < 1e29
     assert torch.isfinite(found).all()
-    assert found[live].argsort().tolist() == variance[live].argsort().tolist()
+    ordered = variance[live][found[live].argsort()]
+    assert (ordered.diff() > -1e-3 * ordered.max()).all()  # dead ones tie
 
 
 @pytest.mark.parametrize("score", ["redundancy", "variation"])

@@ -35,7 +35,7 @@ def _quiet() -> Iterator[None]:
 DATA = images(48)
 
 
-def _observed(model: nn.Module, **options: float) -> DyingNeuronImportance:
+def _observed(model: nn.Module, **options: Any) -> DyingNeuronImportance:
     importance = DyingNeuronImportance(**options)
     with torch.no_grad(), kept_modes(model), importance.observe(model):
         model.eval()
@@ -330,7 +330,7 @@ def test_cost_aware_scope_takes_the_dead_first() -> None:
 def test_statistics_follow() -> None:
     """A second plan needs no second observation, and ranks what is left as the first did."""
     model = lively(Net(), DATA)
-    importance = _observed(model, share=1.0)
+    importance = _observed(model, score="variation", share=1.0)  # redundancy is another once some are gone
     dense = baseline(model, X)
     whole = plan_removal(model, X, importance, "neuron_sparsity", 0.5, scope="local", dense=dense)
     kept = {name: list(range(size)) for name, size in dense.sizes.items()}
@@ -345,7 +345,7 @@ def test_statistics_follow() -> None:
     for name, activity in importance.observer.activities.items():
         module = model.get_submodule(name)
         assert activity.channels == getattr(module, "in_channels", getattr(module, "in_features", None))
-    # contribution weighs consumers' weights, which shrank between the steps: the same neurons but for a few
+    # variation weighs consumers' weights, which shrank between the steps: the same neurons but for a few
     overlap = sum(len(set(gone[name]) & set(whole.removals[name])) for name in kept)
     assert overlap >= 0.85 * whole.removed
     assert plan.achieved >= 0.5
