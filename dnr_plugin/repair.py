@@ -133,7 +133,7 @@ def repair_network(
         removals: root layer -> neurons that were removed, numbered as in ``dense``.
         images: a batch of inputs like those of training, on the device, or many; read as far as ``memory`` goes.
         rows: places, of all images together, at which a layer's outputs are compared; by default 8 of each image, but
-            16,384 at least.
+            at least four times the weights of one output.
         memory: bytes of the largest output of a layer. The pruned model runs on all images at once.
         seed: draws the places.
 
@@ -148,12 +148,14 @@ def repair_network(
     images = _some(
         [images] if isinstance(images, Tensor) else images, memory // (4 * max(site.size for site in sites.values()))
     )
-    rows = max(16384, 8 * len(images)) if rows is None else rows
-    places = {name: _Places(f"{seed} {name}", rows, len(images)) for name in sites}
-    left = {name: _left(module) for module, name in module_names(model).items() if name in sites}
+    modules = {name: module for module, name in module_names(model).items()}
+    places = {
+        name: _Places(f"{seed} {name}", rows or max(8 * len(images), 4 * _unknowns(modules[name])), len(images))
+        for name in sites
+    }
+    left = {name: _left(modules[name]) for name in sites}
     targets = _targets(dense, {name: site for name, site in sites.items() if left[name] is None}, places, images)
     done = {name: LayerRepair(name, left="it runs more than once, or not at all") for name in kept if name not in sites}
-    modules = {name: module for module, name in module_names(model).items()}
     others: dict[int, Tensor] = {}
     waiting = Counter(site.other for name, site in sites.items() if site.other is not None and left[name] is None)
     calls = Calls({number: _keeper(others, number) for number in waiting})
@@ -197,10 +199,15 @@ def _left(module: nn.Module) -> str | None:
     """Why a layer cannot be fitted, or None."""
     if not isinstance(module, nn.Linear) and (not isinstance(module, nn.modules.conv._ConvNd) or module.transposed):
         return f"{type(module).__name__} is not repaired"
-    unknowns = module.weight[0].numel()
+    unknowns = _unknowns(module)
     if unknowns > _MAX_UNKNOWNS:
         return f"its outputs read {unknowns} inputs each, more than {_MAX_UNKNOWNS}"
     return None
+
+
+def _unknowns(module: nn.Module) -> int:
+    """Weights of one output of a layer; 0 of attention, which is not fitted."""
+    return module.weight[0].numel() if isinstance(module, nn.Linear | nn.modules.conv._ConvNd) else 0
 
 
 def _some(batches: Iterable[Tensor], most: int) -> Tensor:

@@ -245,7 +245,7 @@ class _Run:
             kind=target.kind if target else None, value=target.value if target else 1.0,
             patience=options.patience, zero=options.zero, ramp=options.ramp, margin=options.margin,
             max_share=options.max_share, dying_entropy=options.dying_entropy, min_samples=prune.observe.min_samples,
-            importance=self.importance(training=True), scope=prune.scope, limits=self.limits if target else Limits(),
+            importance=self.importance(training=True), scope=prune.ranking, limits=self.limits if target else Limits(),
             dense=self.dense, fold=prune.fold,
         )  # fmt: skip
 
@@ -318,7 +318,7 @@ class _Run:
         for _ in self.track([None], 1, "planning the removal"):
             plan = plan_removal(
                 self.model, inputs, importance, target.kind, value,
-                scope=options.scope, limits=self.limits, dense=self.dense,
+                scope=options.ranking, limits=self.limits, dense=self.dense,
             )  # fmt: skip
         return plan
 

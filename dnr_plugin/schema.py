@@ -275,10 +275,11 @@ class PruneOptions(Section):
         "and its default), variation (the default of dynamic), contribution, magnitude, dormancy, firing_rate, "
         "sample_activity, entropy or on_off_entropy",
     )
-    scope: Literal["local", "global", "isomorphic", "cost_aware"] = Field(
-        default="local",
-        description="rank within each layer, over the whole network, among layers of like structure, or over the whole "
-        "network by score for what the removal saves",
+    scope: Literal["local", "global", "isomorphic", "cost_aware"] | None = Field(
+        default=None,
+        description="rank within each layer (local), over the whole network (global), among layers of like structure, "
+        "or over the whole network by score for what the removal saves (cost_aware); by default cost_aware with "
+        "redundancy and local with other scores",
     )
     repair: bool = Field(
         default=True,
@@ -315,6 +316,11 @@ class PruneOptions(Section):
     def criterion(self) -> str:
         """The score that ranks the neurons."""
         return self.score or ("redundancy" if self.mode == "after_training" else "variation")
+
+    @property
+    def ranking(self) -> str:
+        """Among which neurons they are ranked."""
+        return self.scope or ("cost_aware" if self.criterion == "redundancy" else "local")
 
     @property
     def recalibration(self) -> int:

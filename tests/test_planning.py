@@ -8,6 +8,7 @@ import math
 import random
 import warnings
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch

@@ -72,7 +72,7 @@ def test_a_command_of_the_readme_runs(command: str, tmp_path: Path, request: pyt
     arguments = shlex.split(command, comments=True)[1:]
     if "data.root=data" in arguments:
         arguments[arguments.index("data.root=data")] = f"data.root={request.getfixturevalue('cifar10')}"
-    if arguments[0] in ("run", "sweep", "export"):
+    if arguments[0] in ("run", "sweep", "export") or arguments[:2] == ["bench", "criteria"]:
         while "--output" in arguments:
             place = arguments.index("--output")
             del arguments[place : place + 2]
@@ -89,8 +89,11 @@ def test_a_command_of_the_readme_runs(command: str, tmp_path: Path, request: pyt
         runs = [place for place, word in enumerate(arguments) if word.startswith(("runs/", "sweeps/"))]
         for place in runs:
             arguments[place] = str(shutil.copytree(tmp_path / "run", tmp_path / arguments[place]))
-    if arguments[0] == "bench":
-        arguments += ["--width", "8", "--batch", "4", "--rounds", "2"]
+    if arguments[:2] == ["bench", "overhead"]:
+        arguments += ["--width", "8", "--batch", "4", "--rounds", "2", "--images", "32"]
+        arguments += ["--side", "32"]
+    if arguments[:2] == ["bench", "criteria"]:
+        arguments += [*_small(arguments[2]), "--seeds", "0", "--levels", "0.5", "--criteria", "redundancy,l1"]
     done = _dnr(arguments)
     assert done.returncode == 0, done.stderr
     assert done.stdout
