@@ -50,7 +50,11 @@ def summary(recipe: Recipe, recalibration: int, cells: Sequence[Mapping[str, Any
     return {
         "name": recipe.name,
         "recipe": recipe.model_dump(mode="json"),
-        "images": {"calibration": recipe.prune.observe.samples, "recalibration": recalibration},
+        "images": {
+            "calibration": recipe.prune.observe.samples,
+            "recalibration": recalibration,
+            "repair": recipe.prune.repair_samples,
+        },
         "versions": versions(),
         "devices": sorted({cell["device"] for cell in cells}),
         "figures": FIGURES,
@@ -168,7 +172,8 @@ def notes(result: Mapping[str, Any]) -> list[str]:
     lines = [
         f"Test accuracy in %, mean ± sample standard deviation over n = {dense['n']} seeds; best of a column in bold.",
         f"Dense networks: {by_seed}. Each is the same for every criterion.",
-        f"Images: {images['calibration']} for every criterion and for repair, {images['recalibration']} for BatchNorm.",
+        f"Images: {images['calibration']} for every criterion, {images['recalibration']} for BatchNorm, "
+        f"{images['repair']} for repair.",
         "The best of many settings is chosen on the test images here, so it is better by chance as well.",
         "Every criterion is planned by the same planner to the same FLOPs, and offered the same repair.",
         NOTE,
