@@ -70,9 +70,9 @@ def run_sensitivity(
     """
     check_ranks()
     folder, recipe = Path(output), seeded(recipe, recipe.seed)
-    check_recipe(recipe)
     if recipe.prune.mode != "after_training":
         raise InputError(f"prune.mode: expected after_training for this benchmark, found {recipe.prune.mode}")
+    check_recipe(recipe)
     check_writable(folder)
     check_folder(dense_folder(folder, recipe.seed), recipe, resume=True)
     ground = Ground.trained(recipe, dense_folder(folder, recipe.seed), device, track)

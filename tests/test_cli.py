@@ -232,9 +232,19 @@ def test_a_plan_that_misses_its_target_shows_the_closest(
 def test_overhead_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
     """The benchmark runs and counts; what it says of speed is no test's business."""
     assert (
-        main(["bench", "overhead", "--width", "8", "--batch", "4", "--rounds", "3", "--device", "cpu", "--json"]) == 0
+        main(
+            ["bench", "overhead", "--width", "8", "--batch", "4", "--rounds", "3", "--images", "32", "--device", "cpu"]
+            + ["--json"]
+        )
+        == 0
     )
     found = json.loads(capsys.readouterr().out)
+    costs = found["criteria"]["costs"]
+    names = ["MagnitudeImportance", "TaylorImportance", "DyingNeuronImportance", "repair_network"]
+    assert [*costs] == names
+    assert all(
+        cost["seconds"] > 0 and (cost["peak_bytes"] is None or cost["peak_bytes"] >= 0) for cost in costs.values()
+    )
     assert found["observing_ratio"] > 0
     assert found["scoring_ratio"] > 0
     first, last = found["statistics_bytes"].values()
