@@ -231,13 +231,8 @@ def test_a_plan_that_misses_its_target_shows_the_closest(
 
 def test_overhead_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
     """The benchmark runs and counts; what it says of speed is no test's business."""
-    assert (
-        main(
-            ["bench", "overhead", "--width", "8", "--batch", "4", "--rounds", "3", "--images", "32", "--device", "cpu"]
-            + ["--json"]
-        )
-        == 0
-    )
+    small = ["--width", "8", "--batch", "4", "--rounds", "3", "--images", "32"]
+    assert main(["bench", "overhead", *small, "--device", "cpu", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     costs = found["criteria"]["costs"]
     names = ["MagnitudeImportance", "TaylorImportance", "DyingNeuronImportance", "repair_network"]
