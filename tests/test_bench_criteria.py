@@ -114,14 +114,17 @@ def test_a_kill_costs_one_cell_and_every_seed_has_its_network(tiny: Path, tmp_pa
     assert result["rows"][0]["accuracy"]["repaired_finetuned"] is None
 
 
-@pytest.mark.parametrize(("repair", "way"), [("false", "recalibrated"), ("true", "repaired")])
-def test_every_way_is_that_of_a_run(tiny: Path, tmp_path: Path, repair: str, way: str) -> None:
+@pytest.mark.parametrize(
+    ("options", "way"),
+    [(["prune.repair=false"], "recalibrated"), (["prune.repair=true", "prune.recalibrate=0"], "repaired")],
+)
+def test_every_way_is_that_of_a_run(tiny: Path, tmp_path: Path, options: list[str], way: str) -> None:
     """The same removal in a run of the recipe leads to the same accuracies."""
     overrides = [*SMALL, "prune.fold=false", "prune.observe={samples: 96, min_samples: 64, share: 1.0}"]
     recipe = load_recipe(tiny, overrides)
     grid = Grid([recipe.seed], ["contribution"], ["local"], [0.5])
     row = run_criteria(recipe, tmp_path / "bench", grid, finetune=True)["rows"][0]
-    run = load_recipe(tiny, [*overrides, "prune.score=contribution", f"prune.repair={repair}"])
+    run = load_recipe(tiny, [*overrides, "prune.score=contribution", *options])
     report = run_recipe(run, tmp_path / "run")
     assert row["accuracy"][way]["mean"] == report["pruned"]["accuracy_before_finetune"]
     assert row["accuracy"][f"{way}_finetuned"]["mean"] == report["pruned"]["accuracy"]
