@@ -29,7 +29,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .batchnorm import affine
@@ -37,13 +36,10 @@ from .errors import InputError, RunError
 from .flow import Calls, Site, trace_sites
 from .graph import build_graph, kept_modes
 from .inputs import call
+from .least_squares import Task
 from .observe import input_channels, is_consumer, module_names, output_channels
 from .patches import channels_second, patches
-from .redundancy import factor
 
-_DAMPINGS = (1e-7, 1e-3, 1e-2, 1e-1, 1.0)  # shares of the inputs' mean variance
-_HELD_OUT = 0.25  # share of the images that chooses among them
-_RECTIFIED = 3  # rounds in which outputs below zero are let go
 _MAX_UNKNOWNS = 8192  # weights of one output: beyond, the moments of the inputs outgrow memory
 _FLAT = 1e-6  # of a BatchNorm's scale
 _SAME = 1e-12  # share of the variance that rounding explains
@@ -303,128 +299,6 @@ def _read(module: nn.Module, a: Tensor, places: _Places) -> Tensor:
     return torch.cat([patches(module, a[start : start + _CHUNK], places.of_chunk(start)) for start in chunks])
 
 
-@dataclass
-class _Task:
-    """Least squares for outputs that read the same inputs: all of a layer, or a group of a grouped convolution.
-
-    Attributes:
-        x: inputs, shape [R, in].
-        goal: what should come out once ``other`` is added, shape [R, out].
-        other: what is added, shape [R, out].
-        weights, constants: as they are, then as they were fitted; float64, shapes [out, in] and [out].
-        constant: whether the constants may change.
-        rectified: whether what is below zero counts as zero.
-        damping: as chosen; None where held-out rows lose by every fit, so that all stays as it is.
-    """
-
-    x: Tensor
-    goal: Tensor
-    other: Tensor
-    weights: Tensor
-    constants: Tensor
-    constant: bool
-    rectified: bool
-    damping: float | None = None
-
-    def fit(self) -> None:
-        """Chooses a damping on the last rows and fits to all of them."""
-        center = self.x.mean(0) * self.constant  # means that are large would drown the moments in rounding
-        self.x = self.x - center
-        self.constants = self.constants + self.weights @ center.double()
-        self._fit()
-        self.x = self.x + center
-        self.constants = self.constants - self.weights @ center.double()
-
-    def _fit(self) -> None:
-        share = max(1, round(len(self.x) * (1.0 - _HELD_OUT)))
-        fitted, held = slice(None, share), slice(share, None)
-        y = self.goal - self.other
-        first, rest = _Moments.of(self.x[fitted], y[fitted]), _Moments.of(self.x[held], y[held])
-        trial = _Solver(first, self.weights, self.constant)
-        start = self.lacking(self.weights, self.constants, held)
-        found = {d: self.lacking(*trial.solve(first, d, self.constants), held) for d in _DAMPINGS}
-        damping = min(found, key=lambda d: found[d])
-        if found[damping] >= start:
-            return
-        moments = first + rest
-        solver = _Solver(moments, self.weights, self.constant)
-        weights, constants = solver.solve(moments, damping, self.constants)
-        for _ in range(_RECTIFIED if self.rectified else 0):
-            # below zero the outputs need not agree, only stay below
-            free = torch.minimum(self.x @ weights.T.to(self.x) + constants.to(self.x), -self.other)
-            moments = moments.towards(self.x, torch.where(self.goal <= 0, free, y))
-            weights, constants = solver.solve(moments, damping, self.constants)
-        self.weights, self.constants, self.damping = weights, constants, damping
-
-    def lacking(self, weights: Tensor, constants: Tensor, rows: slice = slice(None)) -> float:
-        """Sum of squares of what some rows lack."""
-        found = self.x[rows] @ weights.T.to(self.x) + constants.to(self.x) + self.other[rows]
-        goal = self.goal[rows]
-        if self.rectified:
-            found, goal = found.relu(), goal.relu()
-        return float((found - goal).double().square().sum())
-
-    @property
-    def variance(self) -> float:
-        """Sum of squares of the goal around its mean."""
-        goal = self.goal.relu() if self.rectified else self.goal
-        return float((goal - goal.mean(0)).double().square().sum())
-
-
-@dataclass
-class _Moments:
-    """Sums over rows of x and y, with a constant 1 appended to x: [in + 1, in + 1] and [out, in + 1]."""
-
-    xx: Tensor
-    yx: Tensor
-    rows: int
-
-    @classmethod
-    def of(cls, x: Tensor, y: Tensor) -> _Moments:
-        return cls(_product(x, x), _product(y, x)[:-1], len(x))
-
-    def towards(self, x: Tensor, y: Tensor) -> _Moments:
-        """The same inputs with other goals."""
-        return _Moments(self.xx, _product(y, x)[:-1], self.rows)
-
-    def __add__(self, other: _Moments) -> _Moments:
-        return _Moments(self.xx + other.xx, self.yx + other.yx, self.rows + other.rows)
-
-
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """Sum over rows of the outer products of [a, 1] and [b, 1], float64."""
-    total = a.new_zeros(a.shape[1] + 1, b.shape[1] + 1, dtype=torch.float64)
-    for left, right in zip(
-        torch.split(a, 1024), torch.split(b, 1024), strict=True
-    ):  # sums this short lose nothing in float32
-        total += (F.pad(left, (0, 1), value=1.0).T @ F.pad(right, (0, 1), value=1.0)).double()
-    return total
-
-
-class _Solver:
-    """Least squares with a pull towards the weights as they are, for several dampings and goals."""
-
-    def __init__(self, moments: _Moments, start: Tensor, constant: bool) -> None:
-        self.start, self.constant = start, constant
-        self.mean = moments.xx[:-1, -1] / moments.rows * constant
-        self.second = moments.xx[:-1, :-1] / moments.rows - torch.outer(self.mean, self.mean)
-        self.factors: dict[float, Tensor] = {}
-
-    def solve(self, moments: _Moments, damping: float, constants: Tensor) -> tuple[Tensor, Tensor]:
-        """Weights [out, in] and constants [out]: those given, where they may not change."""
-        if damping not in self.factors:
-            self.factors[damping] = factor(self.second, damping)
-        goal = moments.yx[:, -1] / moments.rows
-        cross = moments.yx[:, :-1] / moments.rows
-        if self.constant:
-            cross = cross - torch.outer(goal, self.mean)
-        else:
-            cross = cross - torch.outer(constants, moments.xx[:-1, -1] / moments.rows)
-        missing = cross - self.start @ self.second
-        weights = self.start + torch.cholesky_solve(missing.T, self.factors[damping]).T
-        return weights, goal - weights @ self.mean if self.constant else constants
-
-
 def _fit_layer(
     name: str,
     module: nn.Module,
@@ -466,7 +340,7 @@ def _fit_layer(
         (weights * scale[:, None]).chunk(groups), (constants * scale + shift).chunk(groups), strict=True,
     )  # fmt: skip
     movable = norm is not None or bias is not None
-    tasks = [_Task(*part, constant=movable, rectified=rectified) for part in parts]
+    tasks = [Task(*part, constant=movable, rectified=rectified) for part in parts]
     variance = max(sum(task.variance for task in tasks), 1e-30)
     before = sum(task.lacking(task.weights, task.constants) for task in tasks) / variance
     if before < _SAME:
