@@ -70,10 +70,8 @@ def readers(graph: tp.DependencyGraph, evidence: Sequence[Evidence]) -> list[Rea
 def _readers(graph: tp.DependencyGraph, e: Evidence) -> list[Reader]:
     module, moments = e.use.module, e.activity.moments
     each = 1 if moments is None else moments.each
-    if moments is None:  # too wide: nothing is known of how its inputs go together
-        covariance = None
-    else:
-        _, covariance = moments.mean_and_covariance()
+    # too wide for moments: nothing is known of how its inputs go together
+    covariance = e.activity.variance.cpu() if moments is None else moments.mean_and_covariance()[1]
     matrices = weight_matrices(module, each)
     scale = _scale(graph, module)
     size = e.activity.channels // len(matrices)
@@ -83,16 +81,15 @@ def _readers(graph: tp.DependencyGraph, e: Evidence) -> list[Reader]:
         if not inside.any():
             continue
         start = number * size
-        if covariance is None:
-            own = torch.diag(e.activity.variance.cpu()[start : start + size])
-        else:
-            own = covariance[start * each : (start + size) * each, start * each : (start + size) * each]
+        part = slice(start * each, (start + size) * each)
+        own = covariance[(part,) * covariance.dim()]
         if scale is None:
-            spread = ((weights @ own) * weights).sum(1).mean().clamp_min(1e-30).sqrt()
+            explained = weights @ own if own.dim() == 2 else weights * own
+            spread = (explained * weights).sum(1).mean().clamp_min(1e-30).sqrt()
             scaled = weights / spread
         else:
-            part = scale.chunk(len(matrices))[number]
-            scaled = weights * part.repeat_interleave(len(weights) // len(part))[:, None]
+            outputs = scale.chunk(len(matrices))[number]
+            scaled = weights * outputs.repeat_interleave(len(weights) // len(outputs))[:, None]
         neurons, counts = torch.unique(e.use.neurons[inside], return_counts=True)
         if len(counts.unique()) > 1:
             raise LookupError("its neurons have different numbers of channels at one layer")

@@ -35,7 +35,7 @@ class Reader:
     """A layer, or one group of a grouped convolution, that reads the neurons of a group.
 
     Attributes:
-        covariance: of its inputs, float64, shape [F, F].
+        covariance: of its inputs, float64, shape [F, F]; or variances alone, shape [F], where no more is known.
         weights: rows of outputs, in units that compare between layers, float64, shape [O, F].
         neurons: the neurons that it reads, shape [K].
         columns: the inputs that carry each of these, shape [K, M].
@@ -89,11 +89,18 @@ class _State:
     def __init__(self, reader: Reader) -> None:
         self.reader = reader
         self.weights = reader.weights.clone()
-        self.inverse = torch.cholesky_inverse(factor(reader.covariance, _DAMPING))
         self.gone = torch.zeros(len(reader.neurons), dtype=torch.bool)
+        self.known = reader.covariance.dim() == 2
+        if self.known:
+            self.inverse = torch.cholesky_inverse(factor(reader.covariance, _DAMPING))
+        else:  # nothing stands in for anything
+            damped = reader.covariance + _DAMPING * reader.covariance.mean() + _TINY
+            self.alone = (self.weights.square().sum(0) * damped)[reader.columns].sum(1)
 
     def costs(self) -> Tensor:
-        """Of each neuron read, as things are now; 0 of those gone."""
+        """Of each neuron read, as things are now; whatever of those gone."""
+        if not self.known:
+            return self.alone
         columns = self.reader.columns
         if columns.shape[1] == 1:
             column = columns[:, 0]
@@ -105,6 +112,8 @@ class _State:
         return cost
 
     def remove(self, neuron: int) -> None:
+        if not self.known:
+            return
         for place in (self.reader.neurons == neuron).nonzero().flatten().tolist():
             gone = self.reader.columns[place]
             correction = torch.linalg.solve(self.inverse[gone][:, gone], self.inverse[gone])  # [M, F]
