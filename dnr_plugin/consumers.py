@@ -9,7 +9,7 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from .batchnorm import affine, norm_behind, place_of_constant
-from .neurons import Evidence
+from .neurons import Evidence, query_weights
 from .redundancy import Reader, damages, reproduce
 
 
@@ -25,8 +25,7 @@ def weight_matrices(module: nn.Module, each: int) -> list[Tensor]:
         kernel is an output of its own.
     """
     if isinstance(module, nn.MultiheadAttention):
-        joint = module.in_proj_weight if module.in_proj_weight is not None else module.q_proj_weight
-        return [torch.as_tensor(joint).detach().double().cpu()]
+        return [query_weights(module).detach().double().cpu()]
     assert isinstance(module, nn.Linear | nn.modules.conv._ConvNd)
     weight = module.weight.detach().double().cpu()
     if isinstance(module, nn.Linear):
@@ -41,8 +40,7 @@ def weight_matrices(module: nn.Module, each: int) -> list[Tensor]:
 def _assign(module: nn.Module, each: int, matrices: Sequence[Tensor]) -> None:
     """The reverse of `weight_matrices`."""
     if isinstance(module, nn.MultiheadAttention):
-        joint = module.in_proj_weight if module.in_proj_weight is not None else module.q_proj_weight
-        torch.as_tensor(joint).copy_(matrices[0])
+        query_weights(module).copy_(matrices[0])
         return
     assert isinstance(module, nn.Linear | nn.modules.conv._ConvNd)
     shape = module.weight.shape

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from .moments import outer_products
 from .redundancy import factor
 
 _DAMPINGS = (1e-7, 1e-3, 1e-2, 1e-1, 1.0)  # shares of the inputs' mean variance
@@ -93,24 +93,14 @@ class _Moments:
 
     @classmethod
     def of(cls, x: Tensor, y: Tensor) -> _Moments:
-        return cls(_product(x, x), _product(y, x)[:-1], len(x))
+        return cls(outer_products(x, x), outer_products(y, x)[:-1], len(x))
 
     def towards(self, x: Tensor, y: Tensor) -> _Moments:
         """The same inputs with other goals."""
-        return _Moments(self.xx, _product(y, x)[:-1], self.rows)
+        return _Moments(self.xx, outer_products(y, x)[:-1], self.rows)
 
     def __add__(self, other: _Moments) -> _Moments:
         return _Moments(self.xx + other.xx, self.yx + other.yx, self.rows + other.rows)
-
-
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """Sum over rows of the outer products of [a, 1] and [b, 1], float64."""
-    total = a.new_zeros(a.shape[1] + 1, b.shape[1] + 1, dtype=torch.float64)
-    for left, right in zip(
-        torch.split(a, 1024), torch.split(b, 1024), strict=True
-    ):  # sums this short lose nothing in float32
-        total += (F.pad(left, (0, 1), value=1.0).T @ F.pad(right, (0, 1), value=1.0)).double()
-    return total
 
 
 class _Solver:

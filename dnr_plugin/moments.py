@@ -28,6 +28,15 @@ def features_of(module: nn.Module, channels: int) -> int:
     return taps(module) if channels * taps(module) <= MAX_PATCH else 1
 
 
+def outer_products(a: Tensor, b: Tensor) -> Tensor:
+    """Sum over rows of the outer products of [a, 1] and [b, 1]: [R, A], [R, B] -> [A + 1, B + 1], float64."""
+    total = a.new_zeros(a.shape[1] + 1, b.shape[1] + 1, dtype=torch.float64)
+    # sums this short lose nothing in float32
+    for left, right in zip(torch.split(a, 1024), torch.split(b, 1024), strict=True):
+        total += (F.pad(left, (0, 1), value=1.0).T @ F.pad(right, (0, 1), value=1.0)).double()
+    return total
+
+
 class Moments:
     r"""Running second moments :math:`H = E[x x^\top]` and means of the inputs x that a layer's outputs read.
 
@@ -69,11 +78,8 @@ class Moments:
             a: its input.
         """
         x = self._read(module, a.detach())
-        half = self.sums[self.batches % 2]
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        for part in torch.split(wide, 1024):  # sums this short lose nothing in float32
-            one = F.pad(part, (0, 1), value=1.0)
-            half += one.T @ one
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        self.sums[self.batches % 2] += outer_products(x, x)
         self.batches += 1
 
     def _read(self, module: nn.Module, a: Tensor) -> Tensor:

@@ -43,6 +43,11 @@ class Evidence:
         return out.scatter_reduce_(0, self.use.neurons, value, reduce=how, include_self=how != "mean")
 
 
+def query_weights(module: nn.MultiheadAttention) -> Tensor:
+    """What attention multiplies its query with, and key and value where these are as wide, shape [out, embed_dim]."""
+    return torch.as_tensor(module.in_proj_weight if module.in_proj_weight is not None else module.q_proj_weight)
+
+
 def weight_norms(module: nn.Module) -> Tensor:
     """L2 norm of the weights that read each input channel of a consumer, float64, shape [in_channels].
 
@@ -61,8 +66,7 @@ def weight_norms(module: nn.Module) -> Tensor:
         blocked = weight.reshape(module.groups, -1, weight.shape[1], weight[0, 0].numel())
         return norm(blocked, dim=(1, 3)).flatten()
     if isinstance(module, nn.MultiheadAttention):
-        joint = module.in_proj_weight if module.in_proj_weight is not None else module.q_proj_weight
-        return norm(torch.as_tensor(joint).detach(), dim=0)
+        return norm(query_weights(module).detach(), dim=0)
     assert isinstance(module, nn.Linear)
     return norm(module.weight.detach(), dim=0)
 
