@@ -5,9 +5,8 @@ Read off a run of the model, so that modules, functions and operators count alik
 
 from __future__ import annotations
 
-import contextlib
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from .graph import kept_modes
 from .inputs import call, tensors
-from .observe import is_consumer, module_names
+from .observe import Pausable, is_consumer, module_names
 
 _ADD = {"add", "__add__", "__radd__", "add_", "__iadd__"}
 _RELU = {"relu", "relu_"}
@@ -42,10 +41,11 @@ class Site:
     size: int = 0
 
 
-class Calls(TorchFunctionMode):
+class Calls(Pausable, TorchFunctionMode):
     """Numbers the calls of torch's functions while it is open, and hands on the results of some.
 
-    A model numbers its calls alike in every run, also once it is narrower.
+    A model numbers its calls alike in every run, also once it is narrower. Calls while this is `paused`, as by hooks,
+    have no number.
 
     Args:
         wanted: number of a call -> what to do with its result.
@@ -55,7 +55,6 @@ class Calls(TorchFunctionMode):
         super().__init__()
         self.wanted = wanted
         self.count = 0
-        self._paused = False
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -71,15 +70,6 @@ class Calls(TorchFunctionMode):
         if self.count in self.wanted:
             with self.paused():
                 self.wanted[self.count](result)
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Calls in here have no number: for hooks."""
-        before, self._paused = self._paused, True
-        try:
-            yield
-        finally:
-            self._paused = before
 
 
 class _Value:

@@ -107,7 +107,22 @@ class _InputHook:
             self.observer._read(self.name, module, a)
 
 
-class Observer:
+class Pausable:
+    """What looks on while a model is called, and can look away."""
+
+    _paused = False
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Lets things be called without being noticed."""
+        before, self._paused = self._paused, True
+        try:
+            yield
+        finally:
+            self._paused = before
+
+
+class Observer(Pausable):
     """Reads the activations of a model while it is used as a context manager.
 
     Statistics add up over several contexts, until `reset`. Hooks exist only inside the context, also when it is left
@@ -143,7 +158,6 @@ class Observer:
         self.activities: dict[str, Activity] = {}
         self._by_device: dict[tuple[str, torch.device], Activity] = {}
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
-        self._paused = False
         self._recent: deque[tuple[weakref.ref[Tensor], int, type, Activity]] = deque(maxlen=8)
         self._lock = threading.Lock()
 
@@ -181,15 +195,6 @@ class Observer:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Lets the model be called without being observed."""
-        before, self._paused = self._paused, True
-        try:
-            yield
-        finally:
-            self._paused = before
 
     def reset(self) -> None:
         """Forgets everything read so far, also inside the context."""
