@@ -164,6 +164,27 @@ def affine(norm: nn.modules.batchnorm._BatchNorm) -> tuple[Tensor, Tensor]:
     return scale, shift - scale * norm.running_mean.double()
 
 
+def assign_affine(
+    norm: nn.modules.batchnorm._BatchNorm, scale: Tensor, shift: Tensor, mean: Tensor, variance: Tensor
+) -> None:
+    """Makes a BatchNorm ``scale * y + shift`` in eval mode, with the statistics of y wherever it can hold both.
+
+    Args:
+        norm: with running statistics; changed in place. One without weights of its own keeps its variance, which then
+            is what scales, so that ``scale`` must be as it was.
+        scale, shift: float64, shape [out] each.
+        mean, variance: of what it reads, shape [out] each.
+    """
+    assert norm.running_mean is not None and norm.running_var is not None
+    if norm.affine:
+        norm.running_mean.copy_(mean)
+        norm.running_var.copy_(variance)
+        norm.weight.copy_(scale * (variance + norm.eps).sqrt())
+        norm.bias.copy_(shift + scale * mean)
+    else:
+        norm.running_mean.copy_(-shift / scale)
+
+
 def _shift(evidence: Evidence) -> Tensor:
     """Change of each output that the removed channels' means cause, float64, shape [out]."""
     module, activity, channels = evidence.use.module, evidence.activity, evidence.use.channels

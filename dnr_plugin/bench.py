@@ -137,6 +137,7 @@ def costs(*, width: int = 64, images: int = 256, side: int = 32, device: str = "
     torch.manual_seed(seed)
     stem: Any = "imagenet" if side > 64 else "cifar"
     model = placed(build_model(ModelOptions(name="resnet18", width=width, stem=stem), 10), place).eval()
+    model.to(memory_format=torch.channels_last)  # faster on CPU and GPU alike
     batches = [torch.randn(min(32, images - k), 3, side, side, device=place) for k in range(0, images, 32)]
     example = batches[0][:1]
     graph = tp.DependencyGraph().build_dependency(copy.deepcopy(model), example)
@@ -166,6 +167,11 @@ def costs(*, width: int = 64, images: int = 256, side: int = 32, device: str = "
         for group in groups:
             importance(group)
 
+    @torch.no_grad()
+    def forward() -> None:
+        for batch in batches:
+            model(batch)
+
     def redundancy() -> DyingNeuronImportance:
         importance = DyingNeuronImportance()
         with importance.observe(model), torch.no_grad():
@@ -175,6 +181,7 @@ def costs(*, width: int = 64, images: int = 256, side: int = 32, device: str = "
             importance(group)
         return importance
 
+    noted("forward passes alone", forward)
     noted("MagnitudeImportance", magnitude)
     noted("TaylorImportance", taylor)
     importance = noted("DyingNeuronImportance", redundancy)

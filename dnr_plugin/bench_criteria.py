@@ -37,7 +37,7 @@ from .recipe import differing_fields, load_recipe, write_recipe
 from .removal import prune_neurons
 from .run import Track
 from .schema import Recipe
-from .train import DivergedError, evaluate
+from .train import DivergedError
 
 SEEDS, LEVELS = "0,1,2", "0.75,0.5,0.35,0.25,0.15"
 DEFAULT_SCOPES = ("local", "global", "isomorphic")
@@ -319,13 +319,12 @@ def _fill(cell: Cell, ground: Ground, key: Key, criterion: Criterion, scored: nn
         ("removed", pruned),
         ("recalibrated", recalibrated),
         ("repaired", repaired),
-        ("repaired_recalibrated", ground.recalibrated(repaired)),
     ):
-        accuracy[name] = evaluate(model, ground.test)
+        accuracy[name] = ground.tested(model)
     if finetune:
         try:
-            accuracy["recalibrated_finetuned"] = evaluate(ground.finetuned(recalibrated), ground.test)
-            accuracy["repaired_finetuned"] = evaluate(ground.finetuned(repaired), ground.test)
+            accuracy["recalibrated_finetuned"] = ground.tested(ground.finetuned(recalibrated))
+            accuracy["repaired_finetuned"] = ground.tested(ground.finetuned(repaired))
         except DivergedError as error:
             cell["reason"] = _reason(error)
 

@@ -22,7 +22,6 @@ from .plots import save_figure
 from .removal import prune_neurons
 from .run import Track
 from .schema import Recipe
-from .train import evaluate
 
 SHARES = "0.25,0.5,0.75,0.9"
 
@@ -92,8 +91,8 @@ def run_sensitivity(
         row["points"].append(
             {
                 "share": len(gone) / layer.size,
-                "removed": evaluate(removed, ground.test),
-                "repaired": evaluate(repaired, ground.test),
+                "removed": ground.tested(removed),
+                "repaired": ground.tested(repaired),
             }
         )
     result = {

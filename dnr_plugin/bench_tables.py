@@ -21,7 +21,6 @@ FIGURES = {
     "removed": "right after removal",
     "recalibrated": "BatchNorm recalibrated",
     "repaired": "repaired",
-    "repaired_recalibrated": "repaired, then BatchNorm recalibrated",
     "recalibrated_finetuned": "BatchNorm recalibrated, then fine-tuned",
     "repaired_finetuned": "repaired, then fine-tuned",
 }

@@ -179,10 +179,12 @@ def check_timetable(recipe: Recipe, images: int | None) -> None:
     """Refuses a run too short for its own checks, warm-up and patience; images None: unknown."""
     train, dynamics, mode = recipe.train, recipe.prune.dynamics, recipe.prune.mode
     noise = train.pressure.noise
-    if mode == "after_training" and (noise is None or noise.neurons == "all"):
+    prior = recipe.prune.prior
+    if mode == "after_training" and not prior and (noise is None or noise.neurons == "all"):
         return
-    if train.epochs == 0 and mode != "after_training":
-        raise InputError(f"train.epochs: expected at least 1 with prune.mode {mode}, found 0")
+    if train.epochs == 0 and (prior or mode != "after_training"):
+        why = f"prune.prior {prior:g}" if prior else f"prune.mode {mode}"
+        raise InputError(f"train.epochs: expected at least 1 with {why}, found 0")
     if images is None or images < train.batch_size or train.epochs == 0:
         return
     found = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from types import SimpleNamespace
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch_pruning.pruner.importance import ActivationImportance, FPGMImportance, OBDCImportance
 
 from .graph import build_graph, kept_modes
+from .history import NeuronHistory
 from .importance import DyingNeuronImportance
 from .layers import Limits, prunable_layers
 from .neurons import SCORES
@@ -36,6 +37,8 @@ class Calibration:
         example: one image, as Torch-Pruning takes it.
         classes: how many the model tells apart.
         observe: how our scores read activations.
+        histories: of the neurons while the model trained, for our scores.
+        prior: exponent by which these count.
     """
 
     images: Tensor
@@ -43,6 +46,8 @@ class Calibration:
     example: Tensor
     classes: int
     observe: ObserveOptions = field(default_factory=ObserveOptions)
+    histories: Mapping[str, NeuronHistory] = field(default_factory=dict)
+    prior: float = 0.0
 
     def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Images and labels in parts of at most ``size``."""
@@ -120,8 +125,9 @@ def _activation(model: nn.Module, data: Calibration) -> Criterion:
 def _ours(model: nn.Module, data: Calibration, *, score: str) -> Criterion:
     read = data.observe
     importance = DyingNeuronImportance(
-        score, threshold=read.threshold, share=read.share, bins=read.bins, moments=score == "redundancy"
-    )
+        score, threshold=read.threshold, share=read.share, bins=read.bins, moments=score == "redundancy",
+        histories=data.histories, prior=data.prior,
+    )  # fmt: skip
     with importance.observe(model), torch.no_grad():
         for images, _ in data.batches(_OBSERVED):
             model(images)

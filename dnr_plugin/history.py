@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -51,6 +52,15 @@ class NeuronHistory:
         """Neurons that wait for their removal; bool, shape [n]."""
         return self.waiting >= 0
 
+    @property
+    def alive_share(self) -> Tensor:
+        """Share of the checks at which a neuron was not dead, in (0, 1], float64, shape [n].
+
+        ``(checks alive + 1) / (checks + 1)``: 1 for one that never was, and few checks say little.
+        """
+        alive: Tensor = self.checks - self.dead_checks
+        return (alive.double() + 1.0) / (self.checks + 1)
+
     def update(self, dead: Tensor, histogram: Tensor) -> tuple[Tensor, Tensor]:
         """Adds a check.
 
@@ -79,6 +89,12 @@ class NeuronHistory:
         """Follows a removal: only these neurons exist from now on, in this order; indices of shape [K]."""
         for name in self._TENSORS:
             setattr(self, name, getattr(self, name)[neurons])
+
+    def kept(self, neurons: Tensor) -> NeuronHistory:
+        """What `keep` would leave; this history stays as it is."""
+        left = copy.copy(self)
+        left.keep(neurons)
+        return left
 
     def state_dict(self) -> dict[str, Any]:
         """Everything, as tensors and plain numbers."""

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 import torch_pruning as tp
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .consumers import correct, redundancy
 from .errors import did_you_mean
 from .graph import channel_groups, uses
+from .history import NeuronHistory
 from .neurons import SCORES, Evidence, Verdict, judge, score_neurons
 from .observe import Observer, input_channels, module_names
 
@@ -73,6 +74,10 @@ class DyingNeuronImportance(tp.importance.Importance):  # type: ignore[misc]
         share: share in (0, 1] of each batch that means, rates and histograms read.
         bins: bins of the activation histogram.
         moments: gather second moments while observing, which redundancy and `repair` need.
+        histories: what became of the neurons while the network trained: root layer -> `NeuronHistory`, as
+            `DyingNeuronDynamics.histories` has them; of this model as it is now.
+        prior: exponent >= 0 by which these count: a neuron's score is multiplied with the share of checks at which it
+            was alive, to this power. 0: not at all; ``docs/criterion.md`` has what it gained.
 
     Attributes:
         skipped: groups that got no score, by root layer, with the reason; Torch-Pruning leaves these alone.
@@ -92,6 +97,8 @@ class DyingNeuronImportance(tp.importance.Importance):  # type: ignore[misc]
         share: float = 0.125,
         bins: int = 16,
         moments: bool = True,
+        histories: Mapping[str, NeuronHistory] | None = None,
+        prior: float = 0.0,
     ) -> None:
         if score not in SCORES:
             raise ValueError(
@@ -109,6 +116,11 @@ class DyingNeuronImportance(tp.importance.Importance):  # type: ignore[misc]
             raise ValueError(f"min_channels: expected at least 1, found {min_channels}")
         if threshold < 0.0:
             raise ValueError(f"threshold: expected at least 0, found {threshold}")
+        if not 0.0 <= prior < math.inf:
+            raise ValueError(f"prior: expected a number of at least 0, found {prior}")
+        if prior and histories is None:
+            raise ValueError(f"histories: expected those of a training that was watched with prior {prior}, found none")
+        self._histories, self.prior = dict(histories or {}), prior
         self.score, self.normalizer = score, normalizer
         self.max_pruning_ratio, self.min_channels = max_pruning_ratio, min_channels
         self.threshold, self.share, self.bins, self.moments = threshold, share, bins, moments
@@ -173,6 +185,9 @@ class DyingNeuronImportance(tp.importance.Importance):  # type: ignore[misc]
         n = len(group[0].idxs)
         redundant = self.score == "redundancy"
         score = redundancy(group._DG, found, n) if redundant else score_neurons(self.score, found, n)
+        root = self._root(group)
+        if self.prior:
+            score *= self._alive(root, group) ** self.prior
         tie_break = score_neurons("magnitude", found, n)
         order = _lexicographic(score, tie_break)
         dead = judge(found, n).dead
@@ -182,7 +197,6 @@ class DyingNeuronImportance(tp.importance.Importance):  # type: ignore[misc]
         score = score.nan_to_num(nan=0.0).clamp(_FLOOR, _CEILING).masked_fill(dead, _DEAD)
 
         # ranks within the group and a fraction of each group's own keep equal scores apart
-        root = self._root(group)
         rank = torch.empty(n, dtype=torch.float64)
         rank[order] = torch.arange(n, dtype=torch.float64)
         rank += (self._order.setdefault(root, len(self._order)) + 1) * 0.6180339887498949 % 1.0
@@ -237,11 +251,13 @@ class DyingNeuronImportance(tp.importance.Importance):  # type: ignore[misc]
         observer = self.observer
         assert observer is not None
         saved = {name: copy.copy(activity) for name, activity in observer.activities.items()}, dict(self._ids)
+        histories = dict(self._histories)
         followed, self._followed = self._followed, {}
         try:
             yield
         finally:
             observer.activities, self._ids = saved
+            self._histories = histories
             self._followed = followed
 
     def verdict(self, group: tp.dependency.Group) -> Verdict | None:
@@ -273,8 +289,20 @@ class DyingNeuronImportance(tp.importance.Importance):  # type: ignore[misc]
             pending.append(_Pending(name, self._ids[name][use.channels], roots[use.neurons]))
         return found, pending
 
+    @property
+    def histories(self) -> dict[str, NeuronHistory]:
+        """Of the neurons that are left, by root layer."""
+        self._carry_over()
+        return self._histories
+
     def _follow(self, graph: tp.DependencyGraph) -> _Followed:
-        """Carries the removals that a graph has recorded since the last call over to the statistics.
+        self._carry_over()
+        if graph not in self._followed:
+            self._followed[graph] = _Followed(graph)
+        return self._followed[graph]
+
+    def _carry_over(self) -> None:
+        """Carries the removals that graphs have recorded since the last call over to statistics and histories.
 
         A group's channels at each consumer are noted, under lasting numbers, when it is scored. So it does not matter
         in which order the groups of one step, which may share a consumer by concatenation, are then pruned.
@@ -282,6 +310,10 @@ class DyingNeuronImportance(tp.importance.Importance):  # type: ignore[misc]
         for known, followed in [*self._followed.items()]:
             history = known.pruning_history()
             for root, outwards, indices in history[followed.seen :]:
+                if outwards and root in self._histories:
+                    left = torch.ones(len(self._histories[root].dead), dtype=torch.bool)
+                    left[list(indices)] = False
+                    self._histories[root] = self._histories[root].kept(left.nonzero().flatten())
                 for use in followed.pending.pop((root, outwards), []):
                     gone = use.ids[torch.isin(use.roots, torch.tensor(list(indices)))]
                     stays = ~torch.isin(self._ids[use.consumer], gone)
@@ -290,12 +322,28 @@ class DyingNeuronImportance(tp.importance.Importance):  # type: ignore[misc]
                         self.observer.activities[use.consumer].keep(stays.nonzero().flatten())
                         self._ids[use.consumer] = self._ids[use.consumer][stays]
             followed.seen = len(history)
-        if graph not in self._followed:
-            self._followed[graph] = _Followed(graph)
-        return self._followed[graph]
 
     def _root(self, group: tp.dependency.Group) -> str:
         return self._follow(group._DG).names[group[0].dep.target.module]
+
+    def _alive(self, root: str, group: tp.dependency.Group) -> Tensor:
+        """Share of checks at which each neuron of a group was alive; one that was never judged counts as alive."""
+        indices = group[0].idxs
+        if root not in self._histories:
+            return torch.ones(len(indices), dtype=torch.float64)
+        share, channels = self._histories[root].alive_share, self._channels(group)
+        if len(share) != channels:
+            raise RuntimeError(
+                f"histories: expected one of {channels} neurons for {root}, found one of {len(share)}: it was pruned "
+                "in a way that could not be followed"
+            )
+        return share[list(indices)]
+
+    def _channels(self, group: tp.dependency.Group) -> int:
+        """Neurons of the whole group, of which ``group`` may hold a part."""
+        dep = group[0].dep
+        outwards = group._DG.is_out_channel_pruning_fn(dep.handler)
+        return int((group._DG.get_out_channels if outwards else group._DG.get_in_channels)(dep.target.module))
 
     def _normalize(self, score: Tensor) -> Tensor:
         if callable(self.normalizer):
@@ -306,10 +354,7 @@ class DyingNeuronImportance(tp.importance.Importance):  # type: ignore[misc]
     def _kept(self, root: str, group: tp.dependency.Group, score: Tensor) -> Tensor:
         """Marks the best neurons of a whole group, in whole channel groups, that no removal may take."""
         n, blocks = len(score), channel_groups(group)
-        dep = group[0].dep
-        outwards = group._DG.is_out_channel_pruning_fn(dep.handler)
-        channels = (group._DG.get_out_channels if outwards else group._DG.get_in_channels)(dep.target.module)
-        if n != channels or n % blocks:
+        if n != self._channels(group) or n % blocks:
             return torch.zeros(n, dtype=torch.bool)
         size = n // blocks
         first = self._first_size.setdefault(root, size)

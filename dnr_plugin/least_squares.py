@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +22,7 @@ class Task:
     """Least squares for outputs that read the same inputs: all of a layer, or a group of a grouped convolution.
 
     Attributes:
-        x: inputs, shape [R, in].
+        x: inputs, shape [R, in]; changed in place while fitting, by up to rounding.
         goal: what should come out once ``other`` is added, shape [R, out].
         other: what is added, shape [R, out].
         weights, constants: as they are, then as they were fitted; float64, shapes [out, in] and [out].
@@ -38,49 +40,80 @@ class Task:
     rectified: bool
     damping: float | None = None
 
-    def fit(self) -> None:
-        """Chooses a damping on the last rows and fits to all of them."""
+    def fit(self, lacking: Tensor) -> None:
+        """Chooses a damping on the last rows and fits to all of them.
+
+        Args:
+            lacking: what `lacking` tells of the weights as they are.
+        """
         center = self.x.mean(0) * self.constant  # means that are large would drown the moments in rounding
-        self.x = self.x - center
+        self.x.sub_(center)
         self.constants = self.constants + self.weights @ center.double()
-        self._fit()
-        self.x = self.x + center
+        self._fit(lacking)
+        self.x.add_(center)
         self.constants = self.constants - self.weights @ center.double()
 
-    def _fit(self) -> None:
+    def _fit(self, lacking: Tensor) -> None:
         share = max(1, round(len(self.x) * (1.0 - _HELD_OUT)))
         fitted, held = slice(None, share), slice(share, None)
         y = self.goal - self.other
         first, rest = _Moments.of(self.x[fitted], y[fitted]), _Moments.of(self.x[held], y[held])
         trial = _Solver(first, self.weights, self.constant)
-        start = self.lacking(self.weights, self.constants, held)
-        found = {d: self.lacking(*trial.solve(first, d, self.constants), held) for d in _DAMPINGS}
-        damping = min(found, key=lambda d: found[d])
-        if found[damping] >= start:
+
+        def loses(damping: float) -> float:
+            weights, constants = trial.solve(first, damping, self.constants)
+            return float(self.lacking(self._outputs(weights, constants, held), held).sum())
+
+        damping, least = _first_minimum(loses, _DAMPINGS)
+        if least >= float(lacking[held].sum()):
             return
         moments = first + rest
         solver = _Solver(moments, self.weights, self.constant)
         weights, constants = solver.solve(moments, damping, self.constants)
         for _ in range(_RECTIFIED if self.rectified else 0):
             # below zero the outputs need not agree, only stay below
-            free = torch.minimum(self.x @ weights.T.to(self.x) + constants.to(self.x), -self.other)
+            free = torch.minimum(self._outputs(weights, constants), -self.other)
             moments = moments.towards(self.x, torch.where(self.goal <= 0, free, y))
             weights, constants = solver.solve(moments, damping, self.constants)
         self.weights, self.constants, self.damping = weights, constants, damping
 
-    def lacking(self, weights: Tensor, constants: Tensor, rows: slice = slice(None)) -> float:
-        """Sum of squares of what some rows lack."""
-        found = self.x[rows] @ weights.T.to(self.x) + constants.to(self.x) + self.other[rows]
-        goal = self.goal[rows]
+    def outputs(self) -> Tensor:
+        """What comes out of the rows before anything is added, shape [R, out]."""
+        return self._outputs(self.weights, self.constants)
+
+    def _outputs(self, weights: Tensor, constants: Tensor, rows: slice = slice(None)) -> Tensor:
+        return self.x[rows] @ weights.T.to(self.x) + constants.to(self.x)
+
+    def lacking(self, outputs: Tensor, rows: slice = slice(None)) -> Tensor:
+        """Squares of what the outputs of some rows lack, summed over the outputs, float64, shape [R]."""
+        found, goal = outputs + self.other[rows], self.goal[rows]
         if self.rectified:
             found, goal = found.relu(), goal.relu()
-        return float((found - goal).double().square().sum())
+        return (found - goal).square().sum(1).double()
 
     @property
     def variance(self) -> float:
         """Sum of squares of the goal around its mean."""
         goal = self.goal.relu() if self.rectified else self.goal
         return float((goal - goal.mean(0)).double().square().sum())
+
+
+def _first_minimum(of: Callable[[float], float], values: Sequence[float]) -> tuple[float, float]:
+    """Goes downhill from the middle of some values; the last of them, and what it comes to."""
+    found: dict[int, float] = {}
+
+    def at(k: int) -> float:
+        if not 0 <= k < len(values):
+            return math.inf
+        if k not in found:
+            found[k] = of(values[k])
+        return found[k]
+
+    k = len(values) // 2
+    way = 1 if at(k + 1) < at(k) else -1
+    while at(k + way) < at(k):
+        k += way
+    return values[k], at(k)
 
 
 @dataclass
@@ -110,6 +143,7 @@ class _Solver:
         self.start, self.constant = start, constant
         self.mean = moments.xx[:-1, -1] / moments.rows * constant
         self.second = moments.xx[:-1, :-1] / moments.rows - torch.outer(self.mean, self.mean)
+        self.explained = start @ self.second
         self.factors: dict[float, Tensor] = {}
 
     def solve(self, moments: _Moments, damping: float, constants: Tensor) -> tuple[Tensor, Tensor]:
@@ -122,6 +156,5 @@ class _Solver:
             cross = cross - torch.outer(goal, self.mean)
         else:
             cross = cross - torch.outer(constants, moments.xx[:-1, -1] / moments.rows)
-        missing = cross - self.start @ self.second
-        weights = self.start + torch.cholesky_solve(missing.T, self.factors[damping]).T
+        weights = self.start + torch.cholesky_solve((cross - self.explained).T, self.factors[damping]).T
         return weights, goal - weights @ self.mean if self.constant else constants

@@ -17,7 +17,8 @@ from .patches import channels_second, output_size, patches, taps
 MAX_PATCH = 1152
 # Layers that read more than this have no second moments, which would outgrow memory.
 MAX_FEATURES = 4096
-_ROWS = 2048  # of each batch that are read
+_FEW, _MANY, _EACH = 512, 2048, 16  # rows that are read of small and of large batches, and of each sample in between
+_BLOCK = 512  # columns of outer products that are summed together
 _ROUNDING = 1e-6  # of sums of float32 products
 
 
@@ -30,11 +31,17 @@ def features_of(module: nn.Module, channels: int) -> int:
 
 def outer_products(a: Tensor, b: Tensor) -> Tensor:
     """Sum over rows of the outer products of [a, 1] and [b, 1]: [R, A], [R, B] -> [A + 1, B + 1], float64."""
+    same = a is b
     total = a.new_zeros(a.shape[1] + 1, b.shape[1] + 1, dtype=torch.float64)
     # sums this short lose nothing in float32
     for left, right in zip(torch.split(a, 1024), torch.split(b, 1024), strict=True):
-        total += (F.pad(left, (0, 1), value=1.0).T @ F.pad(right, (0, 1), value=1.0)).double()
-    return total
+        left = F.pad(left, (0, 1), value=1.0)
+        if not same:
+            total += (left.T @ F.pad(right, (0, 1), value=1.0)).double()
+            continue
+        for start in range(0, left.shape[1], _BLOCK):  # the upper half is enough
+            total[start : start + _BLOCK, start:] += (left[:, start : start + _BLOCK].T @ left[:, start:]).double()
+    return total.triu() + total.triu(1).T if same else total
 
 
 class Moments:
@@ -86,8 +93,9 @@ class Moments:
         generator = torch.Generator().manual_seed(self.batches)
 
         def places(samples: int, positions: int) -> tuple[slice, Tensor]:
-            step = -(-samples // _ROWS)
-            count = max(1, min(positions, _ROWS * step // samples))
+            step = -(-samples // _MANY)
+            rows = min(max(_EACH * samples, _FEW), _MANY)
+            count = max(1, min(positions, rows * step // samples))
             return slice(None, None, step), torch.randperm(positions, generator=generator)[:count]
 
         if isinstance(module, nn.modules.conv._ConvNd) and self.each > 1:

@@ -28,6 +28,7 @@ from .errors import RunError
 _DAMPING = 1e-4
 _DAMPINGS = (1e-7, 1e-4, 1e-3, 1e-2, 1e-1)
 _TINY = 1e-30
+_COMPACT = 0.75  # share of the inputs that are left when those removed are dropped from memory
 
 
 @dataclass
@@ -72,7 +73,7 @@ def _one_by_one(states: Sequence[_State], neurons: int) -> tuple[list[int], Tens
     for step in range(neurons):
         total = torch.zeros(neurons, dtype=torch.float64)
         for state in states:
-            total.index_add_(0, state.reader.neurons, state.costs())
+            total.index_add_(0, state.neurons, state.costs())
         total[~left] = torch.inf
         gone = int(total.argmin())
         order.append(gone)
@@ -84,45 +85,54 @@ def _one_by_one(states: Sequence[_State], neurons: int) -> tuple[list[int], Tens
 
 
 class _State:
-    """Inverse covariance and corrected weights of one reader, as neurons go."""
+    """Inverse covariance and corrected weights of one reader, of the neurons that are left."""
 
     def __init__(self, reader: Reader) -> None:
-        self.reader = reader
-        self.weights = reader.weights.clone()
-        self.gone = torch.zeros(len(reader.neurons), dtype=torch.bool)
+        # costs depend on W^T W alone, which a square matrix has as well as the many outputs of a wide layer
+        tall = len(reader.weights) > reader.weights.shape[1]
+        self.weights = torch.linalg.qr(reader.weights, mode="r").R if tall else reader.weights.clone()
+        self.neurons, self.columns = reader.neurons, reader.columns
         self.known = reader.covariance.dim() == 2
         if self.known:
             self.inverse = torch.cholesky_inverse(factor(reader.covariance, _DAMPING))
+            self.stays = torch.ones(len(self.inverse), dtype=torch.bool)
         else:  # nothing stands in for anything
             damped = reader.covariance + _DAMPING * reader.covariance.mean() + _TINY
             self.alone = (self.weights.square().sum(0) * damped)[reader.columns].sum(1)
 
     def costs(self) -> Tensor:
-        """Of each neuron read, as things are now; whatever of those gone."""
+        """Of each neuron that is left, as things are now; shape [K]."""
         if not self.known:
             return self.alone
-        columns = self.reader.columns
-        if columns.shape[1] == 1:
-            column = columns[:, 0]
+        if self.columns.shape[1] == 1:
+            column = self.columns[:, 0]
             return self.weights.square().sum(0)[column] / self.inverse.diagonal()[column].clamp_min(_TINY)
-        blocks = self.inverse[columns[:, :, None], columns[:, None, :]]  # [K, M, M]
-        blocks = blocks + torch.eye(columns.shape[1]).to(blocks) * self.gone[:, None, None]
-        weights = self.weights[:, columns].permute(1, 2, 0)  # [K, M, O]
+        blocks = self.inverse[self.columns[:, :, None], self.columns[:, None, :]]  # [K, M, M]
+        weights = self.weights[:, self.columns].permute(1, 2, 0)  # [K, M, O]
         cost: Tensor = (weights * torch.linalg.solve(blocks, weights)).sum((1, 2))
         return cost
 
     def remove(self, neuron: int) -> None:
-        if not self.known:
+        others = self.neurons != neuron
+        if others.all():
             return
-        for place in (self.reader.neurons == neuron).nonzero().flatten().tolist():
-            gone = self.reader.columns[place]
-            correction = torch.linalg.solve(self.inverse[gone][:, gone], self.inverse[gone])  # [M, F]
-            self.weights -= self.weights[:, gone] @ correction
-            self.inverse -= self.inverse[:, gone] @ correction
-            self.weights[:, gone] = 0.0
-            self.inverse[gone] = 0.0
-            self.inverse[:, gone] = 0.0
-            self.gone[place] = True
+        gone = self.columns[~others].flatten()
+        self.neurons, self.columns = self.neurons[others], self.columns[others]
+        if not self.known:
+            self.alone = self.alone[others]
+            return
+        correction = torch.linalg.solve(self.inverse[gone][:, gone], self.inverse[gone])  # [M, F]
+        self.weights.addmm_(self.weights[:, gone], correction, alpha=-1.0)
+        self.inverse.addmm_(self.inverse[:, gone], correction, alpha=-1.0)
+        self.weights[:, gone] = 0.0
+        self.inverse[gone] = 0.0
+        self.inverse[:, gone] = 0.0
+        self.stays[gone] = False
+        if int(self.stays.sum()) < _COMPACT * len(self.stays):
+            kept = self.stays.nonzero().flatten()
+            self.columns = (self.stays.cumsum(0) - 1)[self.columns]
+            self.weights, self.inverse = self.weights[:, kept], self.inverse[kept][:, kept]
+            self.stays = self.stays[kept]
 
 
 def factor(moments: Tensor, damping: float) -> Tensor:

@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .batchnorm import affine
+from .batchnorm import affine, assign_affine
 from .errors import InputError, RunError
 from .flow import Calls, Site, trace_sites
 from .graph import build_graph, kept_modes
@@ -41,6 +41,7 @@ from .observe import input_channels, is_consumer, module_names, output_channels
 from .patches import channels_second, patches
 
 _MAX_UNKNOWNS = 8192  # weights of one output: beyond, the moments of the inputs outgrow memory
+_EACH, _PER_UNKNOWN = 16, 1.5  # places of each image, and for each weight of an output, at which layers are compared
 _FLAT = 1e-6  # of a BatchNorm's scale
 _SAME = 1e-12  # share of the variance that rounding explains
 _CHUNK = 64  # images that are read at the same positions
@@ -106,7 +107,50 @@ def kept_channels(dense: nn.Module, example_inputs: Any, removals: Mapping[str, 
     return kept
 
 
-@torch.no_grad()
+class Reference:
+    """What the layers of a dense network give on some images, at the places where repaired networks are compared.
+
+    One reference serves any number of networks that were pruned from the dense one; `repair_network` makes its own.
+
+    Args:
+        dense: the network before anything was removed; not to be changed afterwards.
+        example_inputs: as Torch-Pruning takes them.
+        images: a batch of inputs like those of training, on the device, or many; read as far as ``memory`` goes.
+        rows: places, of all images together, at which a layer's outputs are compared; by default 16 of each image, as
+            far as ``memory`` goes, but at least three times the weights of one output.
+        memory: bytes of the largest output of a layer, and of what is read of one. A pruned model runs on all images
+            at once.
+        seed: draws the places.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        dense: nn.Module,
+        example_inputs: Any,
+        images: Tensor | Iterable[Tensor],
+        *,
+        rows: int | None = None,
+        memory: int = 2**29,
+        seed: int = 0,
+    ) -> None:
+        self.dense, self.example = dense, example_inputs
+        self.sites = trace_sites(dense, example_inputs)
+        most = memory // (4 * max(site.size for site in self.sites.values()))
+        self.images = _some([images] if isinstance(images, Tensor) else images, most)
+        modules = {name: module for module, name in module_names(dense).items()}
+        count = len(self.images)
+
+        def default(unknowns: int) -> int:
+            return max(min(_EACH * count, memory // (4 * max(unknowns, 1))), round(_PER_UNKNOWN * unknowns))
+
+        self.places = {
+            name: _Places(f"{seed} {name}", rows or default(_unknowns(modules[name])), count) for name in self.sites
+        }
+        fitted = {name: site for name, site in self.sites.items() if _kind(modules[name]) is None}
+        self.targets = _targets(dense, fitted, self.places, self.images)
+
+
 def repair_network(
     model: nn.Module,
     dense: nn.Module,
@@ -120,38 +164,37 @@ def repair_network(
 ) -> list[LayerRepair]:
     """Fits a pruned model, layer by layer in the order they run, to what the dense one gave on some images.
 
-    Afterwards BatchNorm's statistics fit the dense network's outputs, so that there is no need to recalibrate them.
+    Afterwards BatchNorm's statistics are those of the repaired network, on the places that were read, so that neither
+    recalibration nor the first steps of fine-tuning undo the fit.
 
     Args:
         model: ``dense`` without ``removals``; changed in place.
         dense: the network before anything was removed, on the same device.
         example_inputs: as Torch-Pruning takes them.
         removals: root layer -> neurons that were removed, numbered as in ``dense``.
-        images: a batch of inputs like those of training, on the device, or many; read as far as ``memory`` goes.
-        rows: places, of all images together, at which a layer's outputs are compared; by default 8 of each image, but
-            at least four times the weights of one output.
-        memory: bytes of the largest output of a layer. The pruned model runs on all images at once.
-        seed: draws the places.
+        images, rows, memory, seed: see `Reference`.
 
     Returns:
         What was done to each layer, in the order they run.
 
     Raises:
+        InputError: there is no image.
         RunError: the two models do not run alike, or inputs of a layer are not finite.
     """
-    sites = trace_sites(dense, example_inputs)
-    kept = kept_channels(dense, example_inputs, removals)
-    images = _some(
-        [images] if isinstance(images, Tensor) else images, memory // (4 * max(site.size for site in sites.values()))
+    return repair_towards(
+        model, Reference(dense, example_inputs, images, rows=rows, memory=memory, seed=seed), removals
     )
+
+
+@torch.no_grad()
+def repair_towards(model: nn.Module, reference: Reference, removals: Mapping[str, Sequence[int]]) -> list[LayerRepair]:
+    """`repair_network` for one of several networks that were pruned from the same dense one."""
+    sites, places, images = reference.sites, reference.places, reference.images
+    kept = kept_channels(reference.dense, reference.example, removals)
     modules = {name: module for module, name in module_names(model).items()}
-    places = {
-        name: _Places(f"{seed} {name}", rows or max(8 * len(images), 4 * _unknowns(modules[name])), len(images))
-        for name in sites
-    }
     left = {name: _left(modules[name]) for name in sites}
-    targets = _targets(dense, {name: site for name, site in sites.items() if left[name] is None}, places, images)
     done = {name: LayerRepair(name, left="it runs more than once, or not at all") for name in kept if name not in sites}
+    reached: set[str] = set()
     others: dict[int, Tensor] = {}
     waiting = Counter(site.other for name, site in sites.items() if site.other is not None and left[name] is None)
     calls = Calls({number: _keeper(others, number) for number in waiting})
@@ -163,9 +206,10 @@ def repair_network(
                 if left[name] is not None:
                     done[name] = LayerRepair(name, left=left[name])
                     return
-                if name not in targets or (site.other is not None and site.other not in others):
+                if name in reached or (site.other is not None and site.other not in others):
                     raise RunError(_OTHERWISE.format(name))
-                target = targets.pop(name)[:, kept[name].outputs.to(images.device)]
+                reached.add(name)
+                target = reference.targets[name][:, kept[name].outputs.to(images.device)]
                 other = None
                 if site.other is not None:
                     other = places[name].pick(channels_second(module, others[site.other]), 0)
@@ -186,19 +230,25 @@ def repair_network(
     finally:
         for handle in handles:
             handle.remove()
-    if targets:
-        raise RunError(_OTHERWISE.format(next(iter(targets))))
+    missed = [name for name in reference.targets if left[name] is None and name not in reached]
+    if missed:
+        raise RunError(_OTHERWISE.format(missed[0]))
     return list(done.values())
+
+
+def _kind(module: nn.Module) -> str | None:
+    """Why layers of this kind cannot be fitted, or None."""
+    if not isinstance(module, nn.Linear) and (not isinstance(module, nn.modules.conv._ConvNd) or module.transposed):
+        return f"{type(module).__name__} is not repaired"
+    return None
 
 
 def _left(module: nn.Module) -> str | None:
     """Why a layer cannot be fitted, or None."""
-    if not isinstance(module, nn.Linear) and (not isinstance(module, nn.modules.conv._ConvNd) or module.transposed):
-        return f"{type(module).__name__} is not repaired"
     unknowns = _unknowns(module)
     if unknowns > _MAX_UNKNOWNS:
         return f"its outputs read {unknowns} inputs each, more than {_MAX_UNKNOWNS}"
-    return None
+    return _kind(module)
 
 
 def _unknowns(module: nn.Module) -> int:
@@ -342,18 +392,20 @@ def _fit_layer(
     movable = norm is not None or bias is not None
     tasks = [Task(*part, constant=movable, rectified=rectified) for part in parts]
     variance = max(sum(task.variance for task in tasks), 1e-30)
-    before = sum(task.lacking(task.weights, task.constants) for task in tasks) / variance
+    lacking = [task.lacking(task.outputs()) for task in tasks]
+    before = float(sum(squares.sum() for squares in lacking)) / variance
     if before < _SAME:
         return LayerRepair(name, before, before)
-    for task in tasks:
-        task.fit()
-    after = sum(task.lacking(task.weights, task.constants) for task in tasks) / variance
+    for task, squares in zip(tasks, lacking, strict=True):
+        task.fit(squares)
+    outputs = [task.outputs() for task in tasks]
+    after = float(sum(task.lacking(found).sum() for task, found in zip(tasks, outputs, strict=True))) / variance
     weights = torch.cat([task.weights for task in tasks]) / scale[:, None]
-    constants = (torch.cat([task.constants for task in tasks]) - shift) / scale
+    shift = torch.cat([task.constants for task in tasks]) - scale * constants
     module.weight.copy_(weights.view_as(module.weight))
-    if bias is not None:
-        bias.copy_(constants)
-    elif norm is not None:
-        assert isinstance(norm.running_mean, Tensor)
-        norm.running_mean.sub_(constants)
+    if norm is not None:
+        found = torch.cat(outputs, 1).double()
+        assign_affine(norm, scale, shift, (found.mean(0) - shift) / scale, found.var(0, correction=0) / scale.square())
+    elif bias is not None:
+        bias.add_(shift)
     return LayerRepair(name, before, after, max((t.damping for t in tasks if t.damping is not None), default=None))

@@ -36,6 +36,7 @@ from .environment import pick_device, placed
 from .errors import InputError, RunError, TargetError
 from .files import atomic_write
 from .graph import eval_outputs, kept_modes
+from .history import NeuronHistory
 from .importance import DyingNeuronImportance
 from .layers import Limits
 from .measure import flop_report, latencies
@@ -161,6 +162,7 @@ class _Run:
         self.events = folder / "events.jsonl"
         self.unpruned: nn.Module | None = None  # while neurons are removed
         self.gone: dict[str, list[int]] = {}  # removed by steps so far, as numbered in the dense network
+        self.histories: dict[str, NeuronHistory] = {}  # of the neurons that are left, from training on
 
     def train_dense(self, resume: bool) -> Mapping[str, Any] | None:
         """Everything up to the removal; returns the state of an interrupted stage that comes later."""
@@ -180,6 +182,8 @@ class _Run:
                 self.results["accuracy_before_finetune"] = accuracy
             self.epoch, state = 0, None
             self.save()
+        if self.recipe.prune.prior and self.stage == "prune" and not self.histories:
+            raise InputError("prune.prior: expected neurons that were checked while training, found no check of any")
         return state
 
     def go(self, resume: bool) -> dict[str, Any]:
@@ -230,6 +234,8 @@ class _Run:
                     check_seconds=sum(check.seconds for check in done.checks),
                 )  # fmt: skip
                 self.save(trainer)
+            if dynamics is not None:
+                self.histories = dynamics.histories
             if dynamics is not None and not dynamics.checks:
                 self.results["dynamics"]["stopped"] = "no check saw min_samples images at every layer"
             if dynamics is not None and self.recipe.prune.mode != "after_training":
@@ -300,6 +306,7 @@ class _Run:
             if step == 1:
                 done["dead"], done["neurons"], done["skipped"] = plan.dead, plan.neurons, plan.skipped
             self.remove(plan, importance, step, done)
+            self.histories = importance.histories
             done["achieved"] = plan.achieved
             if not done["reached"]:
                 break
@@ -327,8 +334,10 @@ class _Run:
         read, score = options.observe, options.criterion
         if training and score == "redundancy":  # which is scored after training, and here nothing is
             score = "variation"
-        moments = score == "redundancy"
-        return DyingNeuronImportance(score, threshold=read.threshold, share=read.share, bins=read.bins, moments=moments)
+        settings: dict[str, Any] = {"moments": score == "redundancy"}
+        if not training:
+            settings |= {"histories": self.histories, "prior": options.prior}
+        return DyingNeuronImportance(score, threshold=read.threshold, share=read.share, bins=read.bins, **settings)
 
     def observe(self, importance: DyingNeuronImportance) -> None:
         wanted = self.recipe.prune.observe
@@ -361,7 +370,8 @@ class _Run:
         recalibrate = self.recipe.prune.recalibration
         if recalibrate:
             batches = -(-min(recalibrate, len(self.train_images)) // _BATCH)
-            recalibrate_batchnorm(self.model, self.calibration(recalibrate, "recalibrating BatchNorm"), batches)
+            images = self.calibration(recalibrate, "recalibrating BatchNorm", self.recipe.data.augment)
+            recalibrate_batchnorm(self.model, images, batches)
         for name, gone in plan.removals.items():
             self.log(
                 event="removed", step=step, layer=name, removed=len(gone), exactly_zero=len(plan.zero.get(name, [])),
@@ -459,6 +469,7 @@ class _Run:
             "events": self.events.read_text(),
             "architecture": self.architecture,
             "model": self.model.state_dict(),
+            "histories": {name: history.state_dict() for name, history in self.histories.items()},
             "random": torch.get_rng_state(),
         }
         if self.device.type == "cuda":
@@ -476,6 +487,8 @@ class _Run:
             return None
         state = checkpoint.load_checkpoint_state(path)
         self.stage, self.epoch, self.results = state["stage"], state["epoch"], state["results"]
+        histories = state.get("histories", {})  # those of 0.1.0's first checkpoints are not there
+        self.histories = {name: NeuronHistory.from_state_dict(past) for name, past in histories.items()}
         # the builder is the recipe's own, which this run would call anyway
         self.model = checkpoint.build(json.loads(state["architecture"]), allow_import=True)
         self.model.load_state_dict(state["model"])

@@ -289,6 +289,12 @@ class PruneOptions(Section):
     repair_samples: int = Field(
         default=4096, ge=64, description="training images for it, augmented as in training; fewer where they are large"
     )
+    prior: float = Field(
+        default=0.0,
+        ge=0.0,
+        description="after_training only: scores are multiplied with the share of checks at which a neuron was alive "
+        "while the network trained, to this power; 0: its past does not count",
+    )
     steps: int = Field(
         default=1, ge=1, le=1000, description="after_training only: observe and remove in this many equal steps"
     )
@@ -345,12 +351,13 @@ class PruneOptions(Section):
             raise ValueError(f"target: expected {expected}, found {self.target.kind if self.target else 'nothing'}")
         unused = {
             "after_training": [],
-            "dynamic": ["steps", "recalibrate", "repair", "repair_samples"],
+            "dynamic": ["steps", "recalibrate", "repair", "repair_samples", "prior"],
             "watch": [
                 "steps",
                 "recalibrate",
                 "repair",
                 "repair_samples",
+                "prior",
                 "fold",
                 "score",
                 "scope",

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dnr_plugin.batchnorm import fold_means, recalibrate_batchnorm
+from dnr_plugin.batchnorm import affine, assign_affine, fold_means, recalibrate_batchnorm
 from dnr_plugin.graph import build_graph, kept_modes
 from dnr_plugin.importance import DyingNeuronImportance
 from dnr_plugin.inputs import batch_inputs
@@ -289,3 +289,23 @@ def test_transposed_convolution_inside() -> None:
     before, after, done = _fold_and_prune(model, torch.randn(8, 3, 6, 6), GONE)
     assert (before - after)[:, :, 1:-1, 1:-1].abs().max() <= 1e-6 * before.abs().max()
     assert done == [("ConvTranspose2d", "bias", False)]
+
+
+@pytest.mark.parametrize("weights", [True, False])
+def test_a_batchnorm_given_other_statistics_does_as_told(weights: bool) -> None:
+    """Its own statistics where it has weights to make good for them; else a mean that gives the shift."""
+    generator = torch.Generator().manual_seed(0)
+    mean, variance, shift, scale = (torch.rand(4, generator=generator).double() + 0.5 for _ in range(4))
+    norm, y = nn.BatchNorm2d(4, affine=weights).eval(), torch.randn(8, 4, 5, 5, generator=generator)
+    variance[2] = 0.0
+    if not weights:
+        scale = affine(norm)[0]
+    with torch.no_grad():
+        assign_affine(norm, scale, shift, mean, variance)
+    expected = scale[:, None, None] * y.double() + shift[:, None, None]
+    torch.testing.assert_close(norm(y).double(), expected, rtol=1e-5, atol=1e-5)
+    if weights:
+        torch.testing.assert_close(norm.running_mean.double(), mean)
+        torch.testing.assert_close(norm.running_var.double(), variance)
+    else:
+        assert torch.equal(norm.running_var, torch.ones(4))

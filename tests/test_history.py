@@ -149,3 +149,23 @@ def test_nothing_is_known_at_first() -> None:
     history = NeuronHistory(2, 3)
     assert not history.candidates.any() and not history.dead.any() and history.drift.isnan().all()
     assert history.first_death.tolist() == [0, 0]
+
+
+def test_the_share_of_checks_alive() -> None:
+    """1 for a neuron that was never dead, and ever closer to what was seen."""
+    history = NeuronHistory(3, 5)
+    assert history.alive_share.tolist() == [1.0, 1.0, 1.0]
+    for number in range(4):
+        history.update(torch.tensor([False, number % 2 == 1, True]), torch.ones(3, 5, dtype=torch.int64))
+    assert history.alive_share.tolist() == [1.0, 3 / 5, 1 / 5]
+
+
+def test_kept_leaves_the_whole_as_it_is() -> None:
+    history = NeuronHistory(4, 5)
+    history.update(torch.tensor([True, False, True, False]), torch.ones(4, 5, dtype=torch.int64))
+    before = history.state_dict()
+    left = history.kept(torch.tensor([3, 0]))
+    assert left.dead.tolist() == [False, True] and left.checks == 1
+    torch.testing.assert_close(history.state_dict(), before, rtol=0, atol=0, equal_nan=True)
+    left.update(torch.tensor([True, True]), torch.ones(2, 5, dtype=torch.int64))
+    assert history.checks == 1 and int(history.dead_checks.sum()) == 2

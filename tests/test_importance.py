@@ -56,7 +56,7 @@ BLOCKS = {("grouped", "a"): 3, ("grouped", "g"): 3}
 def observed(model: nn.Module, x: Tensor | None = None, **settings: Any) -> DyingNeuronImportance:
     importance = DyingNeuronImportance(**{"score": "contribution", "share": 1.0, **settings})
     with torch.no_grad(), importance.observe(model):
-        for batch in (images() if x is None else x).split(32):  # of which second moments read all positions
+        for batch in (images() if x is None else x).split(8):  # of which second moments read all positions
             model(batch)
     return importance
 

@@ -55,13 +55,15 @@ def single(x: np.ndarray, w: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[i
     return x, w, [*range(x.shape[1])], [[k] for k in range(x.shape[1])]
 
 
-SCENES = ["single", "blocks", "several readers", "partial"]
+SCENES = ["single", "more outputs than inputs", "blocks", "several readers", "partial"]
 
 
 def scene(name: str, seed: int) -> tuple[list[tuple[np.ndarray, np.ndarray, list[int], list[list[int]]]], int]:
     draw = np.random.default_rng(seed)
     if name == "single":
         return [single(*made(draw, 6, 4))], 6
+    if name == "more outputs than inputs":
+        return [single(*made(draw, 5, 20)), single(*made(draw, 5, 3))], 5
     if name == "blocks":  # three inputs each, as behind a flatten, not side by side
         x, w = made(draw, 12, 5, mix=0.3)
         return [(x, w, [0, 1, 2, 3], [[k, 4 + k, 8 + k] for k in range(4)])], 4

@@ -21,7 +21,7 @@ from dnr_plugin.importance import DyingNeuronImportance
 from dnr_plugin.models import build_model
 from dnr_plugin.planning import plan_removal
 from dnr_plugin.removal import prune_neurons
-from dnr_plugin.repair import LayerRepair, kept_channels, repair_network
+from dnr_plugin.repair import LayerRepair, Reference, kept_channels, repair_network, repair_towards
 from dnr_plugin.schema import ModelOptions
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is left alone.*")
@@ -290,6 +290,22 @@ def test_it_comes_closer_than_recalibration() -> None:
     assert all(row.damping is None and row.left is None for row in layers[:4])  # of what nothing upstream was taken
 
 
+def test_recalibration_and_training_take_up_where_repair_ends() -> None:
+    """BatchNorm's statistics are those of the repaired network: taken anew, or from a batch, they change little."""
+    model, batches = resnet(), [images(64, seed) for seed in range(8)]
+    dense = copy.deepcopy(model)
+    prune_neurons(model, images(1), REMOVED)
+    repair_network(model, dense, images(1), REMOVED, batches)
+    repaired, recalibrated, held_out = copy.deepcopy(model), copy.deepcopy(model), images(256, 99)
+    recalibrate_batchnorm(recalibrated, batches)
+    lost = difference(repaired, dense, held_out)
+    assert difference(recalibrated, repaired, held_out) < 0.3 * lost
+    assert difference(recalibrated, dense, held_out) < 1.04 * lost
+    with torch.no_grad():
+        trained, (wanted,) = model.train()(held_out), eval_outputs(repaired, held_out)
+    assert float((trained - wanted).norm() / wanted.norm()) < 0.14
+
+
 def test_the_same_seed_gives_the_same_weights() -> None:
     states = []
     for seed in (0, 0, 1):
@@ -300,6 +316,28 @@ def test_the_same_seed_gives_the_same_weights() -> None:
         states.append(model.state_dict())
     assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
     assert not all(torch.equal(value, states[2][key]) for key, value in states[0].items())
+
+
+def test_one_reference_serves_many_networks() -> None:
+    """Each is repaired as by itself, and what one was pruned of is nothing to the next."""
+    dense, found = make("residual"), []
+    reference = Reference(dense, images(1), images(64), seed=3)
+    for removals in ({"a1": [0, 3]}, {"b1": [1]}, {"a1": [0, 3]}):
+        model = copy.deepcopy(dense)
+        prune_neurons(model, images(1), removals)
+        alone = copy.deepcopy(model)
+        rows = repair_towards(model, reference, removals)
+        assert rows == repair_network(alone, dense, images(1), removals, images(64), seed=3)
+        assert all(torch.equal(value, alone.state_dict()[key]) for key, value in model.state_dict().items())
+        found.append(rows)
+    assert found[0] == found[2] != found[1]
+
+
+def test_rows_are_bounded_by_memory() -> None:
+    """Sixteen of each image, fewer where that would be too much, never fewer than one and a half for each weight."""
+    for memory, rows in ((2**29, 64 * 16), (4 * 72 * 640, 640), (4, 108)):
+        reference = Reference(make("residual"), images(1), images(64), memory=memory)
+        assert len(reference.targets["a1"]) == 64 * max(rows // 64, 1)
 
 
 def broken(how: str) -> tuple[nn.Module, Tensor]:
@@ -410,13 +448,13 @@ def test_everything_but_weights_is_left_as_it_was() -> None:
     modes = [m.training for m in model.modules()], [m.training for m in dense.modules()]
     grads = [p.requires_grad for p in model.parameters()]
     states = copy.deepcopy(dense.state_dict())
-    moving = {key: value.clone() for key, value in model.state_dict().items() if "running_var" in key}
+    counts = {key: value.clone() for key, value in model.state_dict().items() if "num_batches" in key}
     repair_network(model, dense, images(1), removals, [images(64)])
     assert modes == ([m.training for m in model.modules()], [m.training for m in dense.modules()])
     assert grads == [p.requires_grad for p in model.parameters()]
     assert all(p.grad is None and p.is_leaf for p in model.parameters())
     assert all(torch.equal(value, states[key]) for key, value in dense.state_dict().items())
-    assert all(torch.equal(model.state_dict()[key], value) for key, value in moving.items())
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in counts.items())
     assert calls
     handle.remove()
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in [*model.modules(), *dense.modules()])

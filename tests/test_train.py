@@ -121,3 +121,12 @@ def test_evaluation_restores_the_mode_of_every_part() -> None:
     model[0].eval()  # type: ignore[index]
     evaluate(model, data.test)  # type: ignore[attr-defined]
     assert [module.training for module in model.modules()] == [True, False, True]
+
+
+def test_evaluation_in_16_bits_is_a_choice() -> None:
+    model, data = _data()
+    kinds: list[torch.dtype] = []
+    model[1].register_forward_hook(lambda module, args, output: kinds.append(output.dtype))  # type: ignore[index]
+    plain, rounded = evaluate(model, data.test), evaluate(model, data.test, amp=True)  # type: ignore[attr-defined]
+    assert {kinds[0], kinds[-1]} == {torch.float32, torch.bfloat16}
+    assert abs(plain - rounded) < 0.1
