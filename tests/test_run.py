@@ -135,7 +135,8 @@ def test_repair_in_two_steps_knows_neurons_by_their_first_numbers(
         assert all(torch.equal(model.get_parameter(name), p) for name, p in weights.items())
         assert len({float(v) for v in dense.bn1.weight}) == len(dense.bn1.weight)
         seen.append(copy.deepcopy(removals))
-        return repair_network(model, dense, example, removals, images, **options)
+        # of a copy, since repair changes the weights that tell
+        return repair_network(copy.deepcopy(model), dense, example, removals, images, **options)
 
     monkeypatch.setattr(run, "repair_network", checked)
     short = ["train.epochs=1", "finetune.epochs=0", "data.train_size=96", "model.width=6", "prune.recalibrate=null"]
