@@ -174,9 +174,8 @@ def costs(*, width: int = 64, images: int = 256, side: int = 32, device: str = "
 
     def redundancy() -> DyingNeuronImportance:
         importance = DyingNeuronImportance()
-        with importance.observe(model), torch.no_grad():
-            for batch in batches:
-                model(batch)
+        with importance.observe(model):
+            forward()
         for group in groups:
             importance(group)
         return importance

@@ -412,9 +412,7 @@ class DyingNeuronDynamics:
             self.model, self.example, removals, importance=self.importance, fold=fold, optimizer=self.optimizer
         )
         for name, neurons in removals.items():
-            left = torch.ones(len(self.histories[name].waiting), dtype=torch.bool)
-            left[list(neurons)] = False
-            self.histories[name].keep(left.nonzero().flatten())
+            self.histories[name].keep(self.histories[name].without(neurons))
         return self._layers()
 
     def _zeroed(self, history: NeuronHistory, since: int = 0) -> Tensor:

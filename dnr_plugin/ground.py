@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -47,7 +48,6 @@ class Ground:
 
     recipe: Recipe
     model: nn.Module
-    accuracy: float
     example: Tensor
     limits: Limits
     dense: Baseline
@@ -72,12 +72,15 @@ class Ground:
         repairing = run.calibration(recipe.prune.repair_samples, "images to repair on", augment)
         model = run.model.eval().to(memory_format=torch.channels_last)  # faster on CPU and GPU alike
         reference = Reference(model, run.example, repairing, seed=recipe.seed)
-        ground = cls(
-            recipe, model, 0.0, run.example, run.limits, run.dense, calibration, recalibration, reference,
+        return cls(
+            recipe, model, run.example, run.limits, run.dense, calibration, recalibration, reference,
             run.train_images, run.test_images,
         )  # fmt: skip
-        ground.accuracy = ground.tested(model)
-        return ground
+
+    @cached_property
+    def accuracy(self) -> float:
+        """Of the dense network, tested as the pruned ones are."""
+        return self.tested(self.model)
 
     def tested(self, model: nn.Module) -> float:
         """Accuracy on the test images, in 16 bits where training is, which takes half of the time."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -84,6 +85,12 @@ class NeuronHistory:
             self.falling = entropy < self.entropy
         self.dead, self.entropy, self.histogram = dead, entropy, histogram
         return died, reactivated
+
+    def without(self, gone: Iterable[int]) -> Tensor:
+        """Indices of the neurons that are left once these go, ascending."""
+        left = torch.ones(len(self.dead), dtype=torch.bool)
+        left[list(gone)] = False
+        return left.nonzero().flatten()
 
     def keep(self, neurons: Tensor) -> None:
         """Follows a removal: only these neurons exist from now on, in this order; indices of shape [K]."""

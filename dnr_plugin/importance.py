@@ -311,9 +311,8 @@ class DyingNeuronImportance(tp.importance.Importance):  # type: ignore[misc]
             history = known.pruning_history()
             for root, outwards, indices in history[followed.seen :]:
                 if outwards and root in self._histories:
-                    left = torch.ones(len(self._histories[root].dead), dtype=torch.bool)
-                    left[list(indices)] = False
-                    self._histories[root] = self._histories[root].kept(left.nonzero().flatten())
+                    past = self._histories[root]
+                    self._histories[root] = past.kept(past.without(indices))
                 for use in followed.pending.pop((root, outwards), []):
                     gone = use.ids[torch.isin(use.roots, torch.tensor(list(indices)))]
                     stays = ~torch.isin(self._ids[use.consumer], gone)

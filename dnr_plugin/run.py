@@ -236,10 +236,10 @@ class _Run:
                 self.save(trainer)
             if dynamics is not None:
                 self.histories = dynamics.histories
-            if dynamics is not None and not dynamics.checks:
-                self.results["dynamics"]["stopped"] = "no check saw min_samples images at every layer"
-            if dynamics is not None and self.recipe.prune.mode != "after_training":
-                self.results["removal"] = self.removed_while_training(dynamics)
+                if not dynamics.checks:
+                    self.results["dynamics"]["stopped"] = "no check saw min_samples images at every layer"
+                if self.recipe.prune.mode != "after_training":
+                    self.results["removal"] = self.removed_while_training(dynamics)
 
     def dynamics(self, optimizer: torch.optim.Optimizer) -> DyingNeuronDynamics:
         """What watches the neurons while the network trains."""
