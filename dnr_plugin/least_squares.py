@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from .redundancy import factor
 
 _DAMPINGS = (1e-7, 1e-3, 1e-2, 1e-1, 1.0)  # shares of the inputs' mean variance
 _HELD_OUT = 0.25  # share of the images that chooses among them
+_TRIED = 128  # outputs that they are tried with, at most
 _RECTIFIED = 3  # rounds in which outputs below zero are let go
 
 
@@ -40,32 +41,23 @@ class Task:
     rectified: bool
     damping: float | None = None
 
-    def fit(self, lacking: Tensor) -> None:
-        """Chooses a damping on the last rows and fits to all of them.
-
-        Args:
-            lacking: what `lacking` tells of the weights as they are.
-        """
+    def fit(self) -> None:
+        """Chooses a damping on the last rows and fits to all of them."""
         center = self.x.mean(0) * self.constant  # means that are large would drown the moments in rounding
         self.x.sub_(center)
         self.constants = self.constants + self.weights @ center.double()
-        self._fit(lacking)
+        self._fit()
         self.x.add_(center)
         self.constants = self.constants - self.weights @ center.double()
 
-    def _fit(self, lacking: Tensor) -> None:
+    def _fit(self) -> None:
         share = max(1, round(len(self.x) * (1.0 - _HELD_OUT)))
         fitted, held = slice(None, share), slice(share, None)
         y = self.goal - self.other
         first, rest = _Moments.of(self.x[fitted], y[fitted]), _Moments.of(self.x[held], y[held])
-        trial = _Solver(first, self.weights, self.constant)
-
-        def loses(damping: float) -> float:
-            weights, constants = trial.solve(first, damping, self.constants)
-            return float(self.lacking(self._outputs(weights, constants, held), held).sum())
-
-        damping, least = _first_minimum(loses, _DAMPINGS)
-        if least >= float(lacking[held].sum()):
+        some = slice(None, None, -(-len(self.weights) // _TRIED))
+        damping = self._part(held, some)._damping_by(replace(first, yx=first.yx[some]))
+        if damping is None:
             return
         moments = first + rest
         solver = _Solver(moments, self.weights, self.constant)
@@ -77,19 +69,35 @@ class Task:
             weights, constants = solver.solve(moments, damping, self.constants)
         self.weights, self.constants, self.damping = weights, constants, damping
 
+    def _part(self, rows: slice, outputs: slice) -> Task:
+        return replace(
+            self, x=self.x[rows], goal=self.goal[rows, outputs], other=self.other[rows, outputs],
+            weights=self.weights[outputs], constants=self.constants[outputs],
+        )  # fmt: skip
+
+    def _damping_by(self, moments: _Moments) -> float | None:
+        """The damping with which a fit to other rows, of these moments, serves this task best; None where none does."""
+        solver = _Solver(moments, self.weights, self.constant)
+
+        def loses(damping: float) -> float:
+            return self.lacking(self._outputs(*solver.solve(moments, damping, self.constants)))
+
+        damping, least = _first_minimum(loses, _DAMPINGS)
+        return damping if least < self.lacking(self.outputs()) else None
+
     def outputs(self) -> Tensor:
         """What comes out of the rows before anything is added, shape [R, out]."""
         return self._outputs(self.weights, self.constants)
 
-    def _outputs(self, weights: Tensor, constants: Tensor, rows: slice = slice(None)) -> Tensor:
-        return self.x[rows] @ weights.T.to(self.x) + constants.to(self.x)
+    def _outputs(self, weights: Tensor, constants: Tensor) -> Tensor:
+        return self.x @ weights.T.to(self.x) + constants.to(self.x)
 
-    def lacking(self, outputs: Tensor, rows: slice = slice(None)) -> Tensor:
-        """Squares of what the outputs of some rows lack, summed over the outputs, float64, shape [R]."""
-        found, goal = outputs + self.other[rows], self.goal[rows]
+    def lacking(self, outputs: Tensor) -> float:
+        """Sum of squares of what outputs lack."""
+        found, goal = outputs + self.other, self.goal
         if self.rectified:
             found, goal = found.relu(), goal.relu()
-        return (found - goal).square().sum(1).double()
+        return float((found - goal).square().sum(1).double().sum())
 
     @property
     def variance(self) -> float:

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .patches import channels_second, output_size, patches, taps
@@ -33,15 +32,21 @@ def outer_products(a: Tensor, b: Tensor) -> Tensor:
     """Sum over rows of the outer products of [a, 1] and [b, 1]: [R, A], [R, B] -> [A + 1, B + 1], float64."""
     same = a is b
     total = a.new_zeros(a.shape[1] + 1, b.shape[1] + 1, dtype=torch.float64)
+    products = total[:-1, :-1]
     # sums this short lose nothing in float32
     for left, right in zip(torch.split(a, 1024), torch.split(b, 1024), strict=True):
-        left = F.pad(left, (0, 1), value=1.0)
-        if not same:
-            total += (left.T @ F.pad(right, (0, 1), value=1.0)).double()
-            continue
-        for start in range(0, left.shape[1], _BLOCK):  # the upper half is enough
-            total[start : start + _BLOCK, start:] += (left[:, start : start + _BLOCK].T @ left[:, start:]).double()
-    return total.triu() + total.triu(1).T if same else total
+        total[-1, :-1] += right.sum(0)
+        total[:-1, -1] += left.sum(0)
+        total[-1, -1] += len(left)
+        step = _BLOCK if same else max(1, a.shape[1])
+        for start in range(0, left.shape[1], step):  # of symmetric ones the upper half is enough
+            first = start if same else 0
+            products[start : start + step, first:] += left[:, start : start + step].T @ right[:, first:]
+    if same:
+        for start in range(0, a.shape[1], _BLOCK):
+            stop = start + _BLOCK
+            products[stop:, start:stop] = products[start:stop, stop:].T
+    return total
 
 
 class Moments:

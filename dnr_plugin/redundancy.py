@@ -147,10 +147,11 @@ def factor(moments: Tensor, damping: float) -> Tensor:
         RunError: they are not finite.
     """
     size = float(moments.diagonal().abs().mean()) if len(moments) else 0.0
-    one = torch.eye(len(moments)).to(moments)
     found: Tensor
     for _ in range(20 if math.isfinite(size) else 0):
-        found, failed = torch.linalg.cholesky_ex(moments + (damping * size + _TINY) * one)
+        damped = moments.clone()
+        damped.diagonal().add_(damping * size + _TINY)
+        found, failed = torch.linalg.cholesky_ex(damped)
         if not failed:
             return found
         damping *= 10.0

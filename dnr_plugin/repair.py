@@ -21,6 +21,7 @@ Source: He et al., *Channel Pruning for Accelerating Very Deep Neural Networks*,
 
 from __future__ import annotations
 
+import copy
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -117,7 +118,7 @@ class Reference:
         example_inputs: as Torch-Pruning takes them.
         images: a batch of inputs like those of training, on the device, or many; read as far as ``memory`` goes.
         rows: places, of all images together, at which a layer's outputs are compared; by default 16 of each image, as
-            far as ``memory`` goes, but at least three times the weights of one output.
+            far as ``memory`` goes, but at least one and a half times the weights of an output of the pruned layer.
         memory: bytes of the largest output of a layer, and of what is read of one. A pruned model runs on all images
             at once.
         seed: draws the places.
@@ -139,16 +140,26 @@ class Reference:
         most = memory // (4 * max(site.size for site in self.sites.values()))
         self.images = _some([images] if isinstance(images, Tensor) else images, most)
         modules = {name: module for module, name in module_names(dense).items()}
-        count = len(self.images)
-
-        def default(unknowns: int) -> int:
-            return max(min(_EACH * count, memory // (4 * max(unknowns, 1))), round(_PER_UNKNOWN * unknowns))
-
-        self.places = {
-            name: _Places(f"{seed} {name}", rows or default(_unknowns(modules[name])), count) for name in self.sites
-        }
+        self.rows, self.memory = rows, memory
+        self.places = {name: _Places(f"{seed} {name}", self._each(modules[name])) for name in self.sites}
         fitted = {name: site for name, site in self.sites.items() if _kind(modules[name]) is None}
         self.targets = _targets(dense, fitted, self.places, self.images)
+
+    def _each(self, module: nn.Module) -> int:
+        """Places of an image at which a layer is compared."""
+        count, unknowns = len(self.images), max(1, _unknowns(module))
+        default = max(min(_EACH * count, self.memory // (4 * unknowns)), round(_PER_UNKNOWN * unknowns))
+        return max(1, (self.rows or default) // count)
+
+    def at(self, name: str, module: nn.Module) -> tuple[_Places, Tensor]:
+        """The places at which a narrower ``module`` is compared with the layer ``name``, and the goals there, [R, out].
+
+        They are the first of the layer's own, in every image, as many as it still takes.
+        """
+        places, targets = self.places[name], self.targets[name]
+        there = copy.copy(places)
+        there.each = min(places.each, self._each(module))
+        return there, targets.view(len(self.images), -1, targets.shape[1])[:, : there.each].flatten(0, 1)
 
 
 def repair_network(
@@ -189,7 +200,7 @@ def repair_network(
 @torch.no_grad()
 def repair_towards(model: nn.Module, reference: Reference, removals: Mapping[str, Sequence[int]]) -> list[LayerRepair]:
     """`repair_network` for one of several networks that were pruned from the same dense one."""
-    sites, places, images = reference.sites, reference.places, reference.images
+    sites, images = reference.sites, reference.images
     kept = kept_channels(reference.dense, reference.example, removals)
     modules = {name: module for module, name in module_names(model).items()}
     left = {name: _left(modules[name]) for name in sites}
@@ -209,16 +220,17 @@ def repair_towards(model: nn.Module, reference: Reference, removals: Mapping[str
                 if name in reached or (site.other is not None and site.other not in others):
                     raise RunError(_OTHERWISE.format(name))
                 reached.add(name)
-                target = reference.targets[name][:, kept[name].outputs.to(images.device)]
+                there, target = reference.at(name, module)
+                target = target[:, kept[name].outputs.to(images.device)]
                 other = None
                 if site.other is not None:
-                    other = places[name].pick(channels_second(module, others[site.other]), 0)
+                    other = there.pick(channels_second(module, others[site.other]), 0)
                     waiting[site.other] -= 1
                     if not waiting[site.other]:
                         del others[site.other]
                 norm = modules[site.norm] if site.norm is not None else None
                 assert norm is None or isinstance(norm, nn.modules.batchnorm._BatchNorm)
-                done[name] = _fit_layer(name, module, norm, site.rectified, args[0], target, other, places[name])
+                done[name] = _fit_layer(name, module, norm, site.rectified, args[0], target, other, there)
 
         return hook
 
@@ -280,8 +292,8 @@ def _keeper(results: dict[int, Tensor], number: int) -> Callable[[Tensor], None]
 class _Places:
     """Positions at which one layer is read: new ones for every few images, the same in both networks."""
 
-    def __init__(self, seed: str, rows: int, images: int) -> None:
-        self.seed, self.each = seed, max(1, rows // images)
+    def __init__(self, seed: str, each: int) -> None:
+        self.seed, self.each = seed, each  # places of an image
         self.positions = 0
 
     def of_chunk(self, first: int) -> Tensor:
@@ -392,14 +404,13 @@ def _fit_layer(
     movable = norm is not None or bias is not None
     tasks = [Task(*part, constant=movable, rectified=rectified) for part in parts]
     variance = max(sum(task.variance for task in tasks), 1e-30)
-    lacking = [task.lacking(task.outputs()) for task in tasks]
-    before = float(sum(squares.sum() for squares in lacking)) / variance
+    before = sum(task.lacking(task.outputs()) for task in tasks) / variance
     if before < _SAME:
         return LayerRepair(name, before, before)
-    for task, squares in zip(tasks, lacking, strict=True):
-        task.fit(squares)
+    for task in tasks:
+        task.fit()
     outputs = [task.outputs() for task in tasks]
-    after = float(sum(task.lacking(found).sum() for task, found in zip(tasks, outputs, strict=True))) / variance
+    after = sum(task.lacking(found) for task, found in zip(tasks, outputs, strict=True)) / variance
     weights = torch.cat([task.weights for task in tasks]) / scale[:, None]
     shift = torch.cat([task.constants for task in tasks]) - scale * constants
     module.weight.copy_(weights.view_as(module.weight))
