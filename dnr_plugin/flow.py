@@ -31,6 +31,7 @@ class Site:
         sum: number of the call (`Calls`) that adds them to what was computed before; None where none does.
         other: number of the call that computed what they are added to; None like ``sum``.
         rectified: whether a ReLU follows, and nothing else reads them.
+        reader: name of the consumer that alone reads what the ReLU gives; None where others do, or a sum comes first.
         size: values that the layer gives for one sample.
     """
 
@@ -38,6 +39,7 @@ class Site:
     sum: int | None = None
     other: int | None = None
     rectified: bool = False
+    reader: str | None = None
     size: int = 0
 
 
@@ -79,14 +81,18 @@ class _Value:
         readers: functions that read it, and "return" where the model returns it.
         norm: name of a BatchNorm that reads it, with its result; None where none does.
         sum: a call that adds to it what another call gave before, with its result; None where none does.
+        rectified: what the ReLU that reads it gives; None where none does.
+        layer: name of the last consumer that read it, or None.
     """
 
-    def __init__(self, tensor: Tensor, consumer: str, summed: bool = False) -> None:
+    def __init__(self, tensor: Tensor, consumer: str, passed: bool = False) -> None:
         self.tensor = weakref.ref(tensor)
-        self.consumer, self.summed = consumer, summed
+        self.consumer, self.passed = consumer, passed
         self.readers: list[str] = []
         self.norm: tuple[str, _Value] | None = None
         self.sum: tuple[int, int, _Value] | None = None
+        self.rectified: _Value | None = None
+        self.layer: str | None = None
 
     def site(self, size: int) -> Site:
         """Of the consumer whose outputs these are: what alone reads them, step by step."""
@@ -96,7 +102,9 @@ class _Value:
         if value.sum is not None and len(value.readers) == 1:
             total, other, value = value.sum
         rectified = len(value.readers) == 1 and value.readers[0] in _RELU
-        return Site(norm, total, other, rectified, size)
+        after = value.rectified if rectified and total is None else None
+        reader = after.layer if after is not None and len(after.readers) == 1 else None
+        return Site(norm, total, other, rectified, reader, size)
 
 
 class _Trace(Calls):
@@ -111,8 +119,8 @@ class _Trace(Calls):
         found = self.values.get(id(tensor))
         return found if found is not None and found.tensor() is tensor else None
 
-    def follow(self, tensor: Tensor, consumer: str, summed: bool = False) -> _Value:
-        self.values[id(tensor)] = value = _Value(tensor, consumer, summed)
+    def follow(self, tensor: Tensor, consumer: str, passed: bool = False) -> _Value:
+        self.values[id(tensor)] = value = _Value(tensor, consumer, passed)
         return value
 
     def read(self, values: Any, reader: str) -> None:
@@ -125,15 +133,18 @@ class _Trace(Calls):
             self.read([*args, kwargs], name)
         if not isinstance(result, Tensor):
             return
+        rectified = self.value(args[0]) if name in _RELU and args else None
         if name in _ADD and not kwargs and len(args) == 2 and all(isinstance(a, Tensor) for a in args):
             self.add(args, result)
+        elif rectified is not None:
+            rectified.rectified = self.follow(result, rectified.consumer, passed=True)
         elif id(result) in self.values:  # changed in place: no longer what the layer gave
             del self.values[id(result)]
         self.made[id(result)] = weakref.ref(result), self.count
 
     def add(self, operands: tuple[Any, ...], result: Tensor) -> None:
         """The layer that ran last of those that are added makes up for the sum."""
-        values = [(value, k) for k, value in enumerate(map(self.value, operands)) if value and not value.summed]
+        values = [(value, k) for k, value in enumerate(map(self.value, operands)) if value and not value.passed]
         if not values or operands[0].shape != operands[1].shape:
             self.values.pop(id(result), None)
             return
@@ -143,7 +154,7 @@ class _Trace(Calls):
         if reference is None or reference() is not other or number >= self.started[value.consumer]:
             self.values.pop(id(result), None)
             return
-        value.sum = self.count, number, self.follow(result, value.consumer, summed=True)
+        value.sum = self.count, number, self.follow(result, value.consumer, passed=True)
 
 
 def trace_sites(model: nn.Module, inputs: Any) -> dict[str, Site]:
@@ -163,6 +174,9 @@ def trace_sites(model: nn.Module, inputs: Any) -> dict[str, Site]:
 
     def before(module: nn.Module, args: Any) -> None:
         name = names[module]
+        value = trace.value(args[0]) if args else None
+        if value is not None:
+            value.layer = name
         if name in trace.started:
             again.add(name)
         trace.started[name] = trace.count
@@ -175,7 +189,7 @@ def trace_sites(model: nn.Module, inputs: Any) -> dict[str, Site]:
 
     def normed(module: nn.Module, args: Any, output: Any) -> None:
         value = trace.value(args[0]) if args else None
-        if value is not None and not value.summed and value is trace.first[value.consumer]:
+        if value is not None and not value.passed and value is trace.first[value.consumer]:
             value.norm = names[module], trace.follow(output, value.consumer)
 
     for module in names:

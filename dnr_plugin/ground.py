@@ -93,7 +93,7 @@ class Ground:
 
     def repaired(self, model: nn.Module, removals: Mapping[str, Sequence[int]]) -> nn.Module:
         found = copy.deepcopy(model)
-        repair_towards(found, self.reference, removals)
+        repair_towards(found, self.reference, removals, pairs=self.recipe.prune.repair_pairs)
         return found
 
     def finetuned(self, model: nn.Module) -> nn.Module:

@@ -13,7 +13,7 @@ from .moments import outer_products
 from .redundancy import factor
 
 _DAMPINGS = (1e-7, 1e-3, 1e-2, 1e-1, 1.0)  # shares of the inputs' mean variance
-_HELD_OUT = 0.25  # share of the images that chooses among them
+HELD_OUT = 0.25  # share of the images that chooses among them
 _TRIED = 128  # outputs that they are tried with, at most
 _RECTIFIED = 3  # rounds in which outputs below zero are let go
 
@@ -51,7 +51,7 @@ class Task:
         self.constants = self.constants - self.weights @ center.double()
 
     def _fit(self) -> None:
-        share = max(1, round(len(self.x) * (1.0 - _HELD_OUT)))
+        share = max(1, round(len(self.x) * (1.0 - HELD_OUT)))
         fitted, held = slice(None, share), slice(share, None)
         y = self.goal - self.other
         first, rest = _Moments.of(self.x[fitted], y[fitted]), _Moments.of(self.x[held], y[held])

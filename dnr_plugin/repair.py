@@ -22,30 +22,29 @@ Source: He et al., *Channel Pruning for Accelerating Very Deep Neural Networks*,
 from __future__ import annotations
 
 import copy
-import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .batchnorm import affine, assign_affine
+from .affine import Affine
 from .errors import InputError, RunError
 from .flow import Calls, Site, trace_sites
 from .graph import build_graph, kept_modes
 from .inputs import call
 from .least_squares import Task
 from .observe import input_channels, is_consumer, module_names, output_channels
+from .pairs import fit_through
 from .patches import channels_second, patches
+from .places import CHUNK, Places
 
 _MAX_UNKNOWNS = 8192  # weights of one output: beyond, the moments of the inputs outgrow memory
 _EACH, _PER_UNKNOWN = 16, 1.5  # places of each image, and for each weight of an output, at which layers are compared
-_FLAT = 1e-6  # of a BatchNorm's scale
 _SAME = 1e-12  # share of the variance that rounding explains
-_CHUNK = 64  # images that are read at the same positions
 _OTHERWISE = "{}: the pruned model was expected to run like the dense one, found otherwise"
 
 
@@ -141,7 +140,7 @@ class Reference:
         self.images = _some([images] if isinstance(images, Tensor) else images, most)
         modules = {name: module for module, name in module_names(dense).items()}
         self.rows, self.memory = rows, memory
-        self.places = {name: _Places(f"{seed} {name}", self._each(modules[name])) for name in self.sites}
+        self.places = {name: Places(f"{seed} {name}", self._each(modules[name])) for name in self.sites}
         fitted = {name: site for name, site in self.sites.items() if _kind(modules[name]) is None}
         self.targets = _targets(dense, fitted, self.places, self.images)
 
@@ -151,7 +150,7 @@ class Reference:
         default = max(min(_EACH * count, self.memory // (4 * unknowns)), round(_PER_UNKNOWN * unknowns))
         return max(1, (self.rows or default) // count)
 
-    def at(self, name: str, module: nn.Module) -> tuple[_Places, Tensor]:
+    def at(self, name: str, module: nn.Module) -> tuple[Places, Tensor]:
         """The places at which a narrower ``module`` is compared with the layer ``name``, and the goals there, [R, out].
 
         They are the first of the layer's own, in every image, as many as it still takes.
@@ -169,6 +168,7 @@ def repair_network(
     removals: Mapping[str, Sequence[int]],
     images: Tensor | Iterable[Tensor],
     *,
+    pairs: bool = False,
     rows: int | None = None,
     memory: int = 2**29,
     seed: int = 0,
@@ -183,6 +183,8 @@ def repair_network(
         dense: the network before anything was removed, on the same device.
         example_inputs: as Torch-Pruning takes them.
         removals: root layer -> neurons that were removed, numbered as in ``dense``.
+        pairs: also fit layers by what the next one makes of them, where a ReLU alone lies between (`pairs`); takes
+            three times as long.
         images, rows, memory, seed: see `Reference`.
 
     Returns:
@@ -192,13 +194,14 @@ def repair_network(
         InputError: there is no image.
         RunError: the two models do not run alike, or inputs of a layer are not finite.
     """
-    return repair_towards(
-        model, Reference(dense, example_inputs, images, rows=rows, memory=memory, seed=seed), removals
-    )
+    reference = Reference(dense, example_inputs, images, rows=rows, memory=memory, seed=seed)
+    return repair_towards(model, reference, removals, pairs=pairs)
 
 
 @torch.no_grad()
-def repair_towards(model: nn.Module, reference: Reference, removals: Mapping[str, Sequence[int]]) -> list[LayerRepair]:
+def repair_towards(
+    model: nn.Module, reference: Reference, removals: Mapping[str, Sequence[int]], *, pairs: bool = False
+) -> list[LayerRepair]:
     """`repair_network` for one of several networks that were pruned from the same dense one."""
     sites, images = reference.sites, reference.images
     kept = kept_channels(reference.dense, reference.example, removals)
@@ -209,28 +212,44 @@ def repair_towards(model: nn.Module, reference: Reference, removals: Mapping[str
     others: dict[int, Tensor] = {}
     waiting = Counter(site.other for name, site in sites.items() if site.other is not None and left[name] is None)
     calls = Calls({number: _keeper(others, number) for number in waiting})
+    before: dict[str, tuple[Affine, Tensor, Places]] = {}  # by its reader, a layer with its input
 
-    def fit(name: str) -> Callable[[nn.Module, Any], None]:
-        def hook(module: nn.Module, args: Any) -> None:
+    def repair(name: str, module: nn.Module, args: Any) -> Any:
+        site = sites[name]
+        if left[name] is not None:
+            done[name] = LayerRepair(name, left=left[name])
+            return None
+        if name in reached or (site.other is not None and site.other not in others):
+            raise RunError(_OTHERWISE.format(name))
+        reached.add(name)
+        there, goal = reference.at(name, module)
+        wide = torch.promote_types(goal.dtype, torch.float32)
+        goal, other = goal[:, kept[name].outputs.to(images.device)].to(wide), None
+        if site.other is not None:
+            other = there.pick(channels_second(module, others[site.other]), 0).to(wide)
+            waiting[site.other] -= 1
+            if not waiting[site.other]:
+                del others[site.other]
+        assert isinstance(module, nn.Linear | nn.modules.conv._ConvNd)
+        layer, a = Affine(module, modules[site.norm] if site.norm is not None else None), args[0]
+        done[name] = _fit_layer(name, layer, site.rectified, _read(module, a, there).to(wide), goal, other)
+        if name in before:
+            first, its_input, its_places = before.pop(name)
+            its_rows = _read(first.module, its_input, its_places).to(wide)
+            if fit_through(first, layer, its_input, its_rows, goal, other, site.rectified, there):
+                parts = torch.split(its_input, CHUNK)
+                a = torch.cat([first.run(part, first.weights, first.constants).relu() for part in parts])
+                again = _fit_layer(name, layer, site.rectified, _read(module, a, there).to(wide), goal, other)
+                damping = done[name].damping if again.damping is None else again.damping
+                done[name] = replace(again, error_before=done[name].error_before, damping=damping)
+        if pairs and layer.groups == 1 and site.reader in sites and left[site.reader] is None:
+            before[site.reader] = layer, a, there
+        return (a, *args[1:])
+
+    def fit(name: str) -> Callable[[nn.Module, Any], Any]:
+        def hook(module: nn.Module, args: Any) -> Any:
             with calls.paused():
-                site = sites[name]
-                if left[name] is not None:
-                    done[name] = LayerRepair(name, left=left[name])
-                    return
-                if name in reached or (site.other is not None and site.other not in others):
-                    raise RunError(_OTHERWISE.format(name))
-                reached.add(name)
-                there, target = reference.at(name, module)
-                target = target[:, kept[name].outputs.to(images.device)]
-                other = None
-                if site.other is not None:
-                    other = there.pick(channels_second(module, others[site.other]), 0)
-                    waiting[site.other] -= 1
-                    if not waiting[site.other]:
-                        del others[site.other]
-                norm = modules[site.norm] if site.norm is not None else None
-                assert norm is None or isinstance(norm, nn.modules.batchnorm._BatchNorm)
-                done[name] = _fit_layer(name, module, norm, site.rectified, args[0], target, other, there)
+                return repair(name, module, args)
 
         return hook
 
@@ -271,7 +290,7 @@ def _unknowns(module: nn.Module) -> int:
 def _some(batches: Iterable[Tensor], most: int) -> Tensor:
     """The first images, at most so many, but one batch at least of 64."""
     found: list[Tensor] = []
-    left = max(most, _CHUNK)
+    left = max(most, CHUNK)
     for batch in batches:
         found.append(batch[:left])
         left -= len(found[-1])
@@ -289,29 +308,8 @@ def _keeper(results: dict[int, Tensor], number: int) -> Callable[[Tensor], None]
     return keep
 
 
-class _Places:
-    """Positions at which one layer is read: new ones for every few images, the same in both networks."""
-
-    def __init__(self, seed: str, each: int) -> None:
-        self.seed, self.each = seed, each  # places of an image
-        self.positions = 0
-
-    def of_chunk(self, first: int) -> Tensor:
-        """Flat positions of the outputs of the images from ``first`` on, shape [K]."""
-        generator = torch.Generator().manual_seed(random.Random(f"{self.seed} {first}").getrandbits(63))
-        return torch.randperm(self.positions, generator=generator)[: self.each]
-
-    def pick(self, values: Tensor, first: int) -> Tensor:
-        """Values of shape [N, C, P] of the images from ``first`` on, at the positions, as rows [R, C]."""
-        found = []
-        for start in range(0, len(values), _CHUNK):
-            positions = self.of_chunk(first + start).to(values.device)
-            found.append(values[start : start + _CHUNK][:, :, positions].transpose(1, 2).flatten(0, 1))
-        return torch.cat(found)
-
-
 def _targets(
-    dense: nn.Module, sites: Mapping[str, Site], places: Mapping[str, _Places], images: Tensor
+    dense: nn.Module, sites: Mapping[str, Site], places: Mapping[str, Places], images: Tensor
 ) -> dict[str, Tensor]:
     """What each layer should give, in the dense network: rows of all images, [R, out]."""
     modules = {name: module for module, name in module_names(dense).items()}
@@ -342,8 +340,8 @@ def _targets(
     try:
         with kept_modes(dense):
             dense.eval()
-            for first in range(0, len(images), 4 * _CHUNK):
-                part = images[first : first + 4 * _CHUNK]
+            for first in range(0, len(images), 4 * CHUNK):
+                part = images[first : first + 4 * CHUNK]
                 calls.count = 0
                 with calls:
                     call(dense, part)
@@ -353,56 +351,34 @@ def _targets(
     return {name: torch.cat(rows) for name, rows in found.items() if rows}
 
 
-def _read(module: nn.Module, a: Tensor, places: _Places) -> Tensor:
+def _read(module: nn.Module, a: Tensor, places: Places) -> Tensor:
     """What the weights of a layer's outputs are multiplied with, as rows [R, in * taps]."""
     if not isinstance(module, nn.modules.conv._ConvNd):
         return places.pick(channels_second(module, a), 0)
-    chunks = range(0, len(a), _CHUNK)
-    return torch.cat([patches(module, a[start : start + _CHUNK], places.of_chunk(start)) for start in chunks])
+    chunks = range(0, len(a), CHUNK)
+    return torch.cat([patches(module, a[start : start + CHUNK], places.of_chunk(start)) for start in chunks])
 
 
-def _fit_layer(
-    name: str,
-    module: nn.Module,
-    norm: nn.modules.batchnorm._BatchNorm | None,
-    rectified: bool,
-    a: Tensor,
-    goal: Tensor,
-    other: Tensor | None,
-    places: _Places,
-) -> LayerRepair:
+def _fit_layer(name: str, layer: Affine, rectified: bool, x: Tensor, goal: Tensor, other: Tensor | None) -> LayerRepair:
     """Fits one layer in place.
 
     Args:
         name: of the layer.
-        module: the layer.
-        norm: the BatchNorm behind it, if any.
+        layer: with the BatchNorm behind it.
         rectified: whether a ReLU follows.
-        a: the layer's input in the pruned network.
-        goal: what should come out behind ``norm``, with ``other`` added, shape [R, out].
-        other: what is added in the pruned network, shape [R, out].
-        places: where.
+        x: what its weights are multiplied with in the pruned network, shape [R, in * taps].
+        goal: what should come out, with ``other`` added, shape [R, out].
+        other: what is added in the pruned network, shape [R, out], or None.
     """
-    assert isinstance(module, nn.Linear | nn.modules.conv._ConvNd)
-    wide = torch.promote_types(a.dtype, torch.float32)
-    x, goal = _read(module, a, places).to(wide), goal.to(wide)
-    other = torch.zeros_like(goal) if other is None else other.to(wide)
     if not x.isfinite().all():
         raise RunError(f"{name}: expected inputs that are finite, found others: nothing can be fitted to them")
-    bias = module.bias if isinstance(module.bias, Tensor) else None
-    weights = module.weight.detach().double().flatten(1)
-    constants = weights.new_zeros(len(weights)) if bias is None else bias.detach().double()
-    scale, shift = torch.ones_like(constants), torch.zeros_like(constants)
-    if norm is not None:
-        scale, shift = affine(norm)
-        scale = torch.where(scale.abs() < _FLAT, _FLAT, scale)  # switched off: whatever it is multiplied with
-    groups = int(getattr(module, "groups", 1))
+    other = torch.zeros_like(goal) if other is None else other
+    groups, constants = layer.groups, layer.constants
     parts = zip(
-        x.chunk(groups, 1), goal.chunk(groups, 1), other.chunk(groups, 1),
-        (weights * scale[:, None]).chunk(groups), (constants * scale + shift).chunk(groups), strict=True,
+        x.chunk(groups, 1), goal.chunk(groups, 1), other.chunk(groups, 1), layer.weights.chunk(groups),
+        constants.chunk(groups), strict=True,
     )  # fmt: skip
-    movable = norm is not None or bias is not None
-    tasks = [Task(*part, constant=movable, rectified=rectified) for part in parts]
+    tasks = [Task(*part, constant=layer.movable, rectified=rectified) for part in parts]
     variance = max(sum(task.variance for task in tasks), 1e-30)
     before = sum(task.lacking(task.outputs()) for task in tasks) / variance
     if before < _SAME:
@@ -411,12 +387,6 @@ def _fit_layer(
         task.fit()
     outputs = [task.outputs() for task in tasks]
     after = sum(task.lacking(found) for task, found in zip(tasks, outputs, strict=True)) / variance
-    weights = torch.cat([task.weights for task in tasks]) / scale[:, None]
-    shift = torch.cat([task.constants for task in tasks]) - scale * constants
-    module.weight.copy_(weights.view_as(module.weight))
-    if norm is not None:
-        found = torch.cat(outputs, 1).double()
-        assign_affine(norm, scale, shift, (found.mean(0) - shift) / scale, found.var(0, correction=0) / scale.square())
-    elif bias is not None:
-        bias.add_(shift)
+    weights, constants = torch.cat([task.weights for task in tasks]), torch.cat([task.constants for task in tasks])
+    layer.assign(weights, constants, torch.cat(outputs, 1))
     return LayerRepair(name, before, after, max((t.damping for t in tasks if t.damping is not None), default=None))

@@ -387,7 +387,10 @@ class _Run:
             self.gone[name] = sorted([*earlier, *(there[n] for n in neurons)])
         # augmented: on the very images it was trained on, the dense network is surer than on others
         images = self.calibration(self.recipe.prune.repair_samples, "repairing", self.recipe.data.augment)
-        layers = repair_network(self.model, self.unpruned, self.example, self.gone, images, seed=self.recipe.seed)
+        layers = repair_network(
+            self.model, self.unpruned, self.example, self.gone, images, pairs=self.recipe.prune.repair_pairs,
+            seed=self.recipe.seed,
+        )  # fmt: skip
         errors = [(row.error_before, row.error_after) for row in layers if row.damping is not None]
         done["repair"] = {
             "layers": len(errors),

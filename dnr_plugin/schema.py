@@ -289,6 +289,11 @@ class PruneOptions(Section):
     repair_samples: int = Field(
         default=4096, ge=64, description="training images for it, augmented as in training; fewer where they are large"
     )
+    repair_pairs: bool = Field(
+        default=False,
+        description="after_training only: also fit layers by what the next one makes of them; takes three times as "
+        "long",
+    )
     prior: float = Field(
         default=0.0,
         ge=0.0,
@@ -351,12 +356,13 @@ class PruneOptions(Section):
             raise ValueError(f"target: expected {expected}, found {self.target.kind if self.target else 'nothing'}")
         unused = {
             "after_training": [],
-            "dynamic": ["steps", "recalibrate", "repair", "repair_samples", "prior"],
+            "dynamic": ["steps", "recalibrate", "repair", "repair_samples", "repair_pairs", "prior"],
             "watch": [
                 "steps",
                 "recalibrate",
                 "repair",
                 "repair_samples",
+                "repair_pairs",
                 "prior",
                 "fold",
                 "score",
@@ -373,8 +379,10 @@ class PruneOptions(Section):
                 raise ValueError(f"{name}: expected nothing with mode {self.mode}, found {found}")
         if self.mode == "dynamic" and self.score == "redundancy":
             raise ValueError("score: expected another with mode dynamic, which has no repair, found redundancy")
-        if self.repair_samples != type(self).model_fields["repair_samples"].default and not self.repair:
-            raise ValueError(f"repair_samples: expected nothing without repair, found {self.repair_samples}")
+        for name in ("repair_samples", "repair_pairs"):
+            value = getattr(self, name)
+            if value != type(self).model_fields[name].default and not self.repair:
+                raise ValueError(f"{name}: expected nothing without repair, found {str(value).lower()}")
         given = [name for name, value in self.dynamics if value != DynamicsOptions.model_fields[name].default]
         if self.mode != "dynamic" and set(given) - {"check_every"}:
             found = ", ".join(name for name in given if name != "check_every")

@@ -264,3 +264,28 @@ def test_tracing_leaves_the_model_as_it_was() -> None:
     assert [m.training for m in model.modules()] == modes
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+def test_who_alone_reads_what_a_relu_gives() -> None:
+    sites = trace_sites(own_resnet(), X)
+    assert sites["layer1.0.conv1"].reader == "layer1.0.conv2"
+    assert sites["conv1"].reader is None  # the shortcut reads it as well
+    assert sites["layer1.0.conv2"].reader is None  # a sum comes first
+    assert sites["layer3.2.conv2"].reader is None  # pooled before the classifier reads it
+
+
+@pytest.mark.parametrize("relu", RELUS)
+def test_a_reader_is_seen_however_the_relu_is_called(relu: str) -> None:
+    act = RELUS[relu]
+    assert sites_of(lambda m, x: m.b(act(m, m.bn(m.stem(x)))))["stem"].reader == "b"
+
+
+def test_what_is_read_otherwise_has_no_single_reader() -> None:
+    def two(m: Any, x: Tensor) -> Any:
+        y = m.act(m.stem(x))
+        return m.a(y), m.b(y)
+
+    assert sites_of(two)["stem"].reader is None
+    assert sites_of(lambda m, x: m.a(y := m.act(m.stem(x))) + y)["stem"].reader is None
+    assert sites_of(lambda m, x: m.a(m.act(m.stem(x)).mul_(2.0)))["stem"].reader is None
+    assert sites_of(lambda m, x: m.a(m.other(m.stem(x))))["stem"].reader is None

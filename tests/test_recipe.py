@@ -316,6 +316,8 @@ def test_repair_and_what_it_settles(good: Path) -> None:
     assert load_recipe(good, ["prune.recalibrate=100"]).prune.recalibration == 100
     assert load_recipe(good, ["prune.score=magnitude"]).prune.criterion == "magnitude"
     assert load_recipe(good, ["prune.repair_samples=64"]).prune.repair_samples == 64
+    assert default.repair_pairs is False
+    assert load_recipe(good, ["prune.repair_pairs=true"]).prune.repair_pairs is True
     for mode in (["prune.mode=dynamic"], ["prune.mode=watch", "prune.target=null"]):
         assert load_recipe(good, mode).prune.criterion == "variation"
     several = load_recipe(good, ["prune.steps=2", "prune.recalibrate=0"]).prune
@@ -329,6 +331,18 @@ def test_repair_and_what_it_settles(good: Path) -> None:
         (
             ["prune={target: {flops: 0.5}, repair: false, repair_samples: 100}"],
             "prune.repair_samples: expected nothing without repair, found 100",
+        ),
+        (
+            ["prune={target: {flops: 0.5}, repair: false, repair_pairs: true}"],
+            "prune.repair_pairs: expected nothing without repair, found true",
+        ),
+        (
+            ["prune={target: {flops: 0.5}, mode: dynamic, repair_pairs: true}"],
+            "prune.repair_pairs: expected nothing with mode dynamic, found true",
+        ),
+        (
+            ["prune={mode: watch, repair_pairs: true}"],
+            "prune.repair_pairs: expected nothing with mode watch, found true",
         ),
         (
             ["prune={target: {flops: 0.5}, mode: dynamic, score: redundancy}"],

@@ -163,6 +163,16 @@ def test_repair_in_two_steps_knows_neurons_by_their_first_numbers(
     assert not any("Repair" in line for line in facts({**report, "repair": None}))
 
 
+def test_pairs_of_layers_come_closer(tiny: Path, tmp_path: Path) -> None:
+    short = ["train.epochs=1", "finetune.epochs=0", "data.train_size=96", "model.width=6", "prune.recalibrate=null"]
+    errors = {
+        pairs: run_recipe(load_recipe(tiny, [*short, f"prune.repair_pairs={pairs}"]), tmp_path / pairs)["repair"]
+        for pairs in ("false", "true")
+    }
+    assert errors["true"]["error_after"] < errors["false"]["error_after"]
+    assert errors["true"]["layers"] > 10
+
+
 PRESSURE = """{epochs: 2, batch_size: 32, lr: 0.05, clip_norm: 1.0, pressure: {weight_decay_schedule: linear,
     bn_l1: {strength: 0.01}, noise: {std: 0.001, schedule: cosine, when: %s}}}"""
 

@@ -1,0 +1,31 @@
+"""Where the outputs of a layer are read: at some positions of each image, the same in two networks."""
+
+from __future__ import annotations
+
+import random
+
+import torch
+from torch import Tensor
+
+CHUNK = 64  # images that are read at the same positions
+
+
+class Places:
+    """Positions at which one layer is read: new ones for every few images, the same in both networks."""
+
+    def __init__(self, seed: str, each: int) -> None:
+        self.seed, self.each = seed, each  # places of an image
+        self.positions = 0
+
+    def of_chunk(self, first: int) -> Tensor:
+        """Flat positions of the outputs of the images from ``first`` on, shape [K]."""
+        generator = torch.Generator().manual_seed(random.Random(f"{self.seed} {first}").getrandbits(63))
+        return torch.randperm(self.positions, generator=generator)[: self.each]
+
+    def pick(self, values: Tensor, first: int) -> Tensor:
+        """Values of shape [N, C, P] of the images from ``first`` on, at the positions, as rows [R, C]."""
+        found = []
+        for start in range(0, len(values), CHUNK):
+            positions = self.of_chunk(first + start).to(values.device)
+            found.append(values[start : start + CHUNK][:, :, positions].transpose(1, 2).flatten(0, 1))
+        return torch.cat(found)
