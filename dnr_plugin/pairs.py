@@ -69,7 +69,7 @@ def fit_through(
 
         def outputs(w: Tensor, b: Tensor) -> Tensor:
             found = second.run(first.run(images, w, b).relu(), weights, constants)
-            at = places.pick(channels_second(second.module, found), start)
+            at = places.pick(channels_second(second.module, found), start).to(rows)
             at = at if other is None else at + other[here]
             return at.relu() if rectified else at
 

@@ -133,6 +133,18 @@ def test_blocks_of_a_resnet_come_closer() -> None:
     assert sum(errors[True]) < 0.95 * sum(errors[False])
 
 
+def test_sixteen_bits_are_enough() -> None:
+    torch.manual_seed(0)
+    dense, x = Chain().eval().bfloat16(), images(64, 3).bfloat16()
+    lost = {}
+    for pairs in (False, True):
+        model = copy.deepcopy(dense)
+        prune_neurons(model, x[:1], {"a": [0, 1], "b": [2, 3]})
+        repair_network(model, dense, x[:1], {"a": [0, 1], "b": [2, 3]}, x, pairs=pairs)
+        lost[pairs] = lacks(model, dense, x)
+    assert lost[True] < lost[False]
+
+
 class Shared(nn.Module):
     """The first layer's result is also read by something else."""
 
