@@ -16,16 +16,17 @@ Source: Nocedal and Wright, *Numerical Optimization*, 2nd edition 2006, sections
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.func import jvp, vjp
 
-from .affine import Affine
+from .fitting import SAME, Fit, LayerRepair
 from .least_squares import HELD_OUT
 from .moments import outer_products
 from .patches import channels_second
-from .places import CHUNK, Places
+from .places import CHUNK
 from .redundancy import factor
 
 _ITERATIONS = 4  # of conjugate gradients
@@ -35,50 +36,53 @@ _DAMPING = 1e-2  # of the preconditioner
 Point = tuple[Tensor, Tensor]  # weights [out, in * taps] and constants [out] of the first layer
 
 
-def fit_through(
-    first: Affine,
-    second: Affine,
-    a: Tensor,
-    rows: Tensor,
-    goal: Tensor,
-    other: Tensor | None,
-    rectified: bool,
-    places: Places,
-) -> bool:
-    """Fits the first of two layers in place.
+def fit_pair(first: Fit, second: Fit, row: LayerRepair) -> LayerRepair:
+    """Fits the first of two layers, in place, by what the second makes of it, and the second once more.
 
     Args:
         first: not grouped; a ReLU follows, and nothing but ``second`` reads its result.
-        second: stays as it is.
-        a: the first layer's input, shape [N, ...].
-        rows: what its weights are multiplied with at some places, shape [R, in * taps].
-        goal: what should come out behind ``second``, with ``other`` added, at its places, shape [S, out].
-        other: what is added, shape [S, out], or None.
-        rectified: whether a ReLU follows there as well.
-        places: of ``second``.
+        second: fitted; its input is replaced by what then comes out of the first.
+        row: what was done to the second.
 
     Returns:
-        Whether images that took no part are served better; if not, nothing has changed.
+        What was done to the second in all; ``row`` where images that took no part would not be better served by any
+        change of the first, so that all stays as it is.
     """
-    each = len(goal) // len(a)
-    weights, constants = second.weights.to(rows), second.constants.to(rows)
+    if row.error_after < SAME:
+        return row
+    layer, rows = first.layer, first.rows()
+    change = _step(first, second, rows)
+    if change is None:
+        return row
+    w, b = change
+    layer.assign(w.double(), b.double(), rows @ w.T + b)
+    second.a = torch.cat([layer.run(part, w, b).relu() for part in torch.split(first.a, CHUNK)])
+    again = second.solve()
+    damping = row.damping if again.damping is None else again.damping
+    return replace(again, error_before=row.error_before, damping=damping)
+
+
+def _step(first: Fit, second: Fit, rows: Tensor) -> Point | None:
+    """Where the first layer should go; None where it should stay."""
+    a, each = first.a, len(second.goal) // len(first.a)
 
     def chunk(start: int) -> tuple[Callable[[Tensor, Tensor], Tensor], Tensor]:
         """What comes out for some images, by the weights and constants of the first layer, and what should."""
         images, here = a[start : start + CHUNK], slice(start * each, (start + CHUNK) * each)
 
         def outputs(w: Tensor, b: Tensor) -> Tensor:
-            found = second.run(first.run(images, w, b).relu(), weights, constants)
-            at = places.pick(channels_second(second.module, found), start).to(rows)
-            at = at if other is None else at + other[here]
-            return at.relu() if rectified else at
+            layer = second.layer
+            found = layer.run(first.layer.run(images, w, b).relu(), layer.weights, layer.constants)
+            at = second.places.pick(channels_second(layer.module, found), start).to(rows)
+            at = at if second.other is None else at + second.other[here]
+            return at.relu() if second.rectified else at
 
-        return outputs, goal[here].relu() if rectified else goal[here]
+        return outputs, second.goal[here].relu() if second.rectified else second.goal[here]
 
     starts = range(0, len(a), CHUNK)
     count = max(1, round(len(starts) * (1.0 - HELD_OUT)))
     fitted, held = starts[:count], starts[count:] or starts
-    now = first.weights.to(rows), first.constants.to(rows)
+    now = first.layer.weights.to(rows), first.layer.constants.to(rows)
 
     def gradient() -> Iterator[Point]:
         for outputs, wanted in map(chunk, fitted):
@@ -91,19 +95,14 @@ def fit_through(
             _, back = vjp(outputs, *now)  # type: ignore[misc]
             yield back(change)
 
-    def lacking(step: Point, share: float) -> float:
-        squares = 0.0
-        for outputs, wanted in map(chunk, held):
-            squares += float((outputs(*_along(now, share, step)) - wanted).square().sum())
-        return squares
+    def lacking(share: float) -> float:
+        there = _along(now, share, way)
+        return sum(float((outputs(*there) - wanted).square().sum()) for outputs, wanted in map(chunk, held))
 
-    step = _conjugate_gradients(_total(gradient()), lambda way: _total(curvature(way)), _preconditioner(rows, first))
-    share = min((0.0, *_STEPS), key=lambda share: lacking(step, share))
-    if share == 0.0:
-        return False
-    w, b = _along(now, share, step)
-    first.assign(w.double(), b.double(), rows @ w.T + b)
-    return True
+    solve = _preconditioner(rows, first.layer.movable)
+    way = _conjugate_gradients(_total(gradient()), lambda way: _total(curvature(way)), solve)
+    share = min((0.0, *_STEPS), key=lacking)
+    return _along(now, share, way) if share else None
 
 
 def _total(parts: Iterator[Point]) -> Point:
@@ -121,7 +120,7 @@ def _along(a: Point, share: float, b: Point) -> Point:
     return a[0] + share * b[0], a[1] + share * b[1]
 
 
-def _preconditioner(rows: Tensor, first: Affine) -> Callable[[Point], Point]:
+def _preconditioner(rows: Tensor, movable: bool) -> Callable[[Point], Point]:
     """Solves with the second moments of [x, 1], for each output alone."""
     moments = outer_products(rows, rows) / len(rows)
     mean = moments[:-1, -1]
@@ -129,7 +128,7 @@ def _preconditioner(rows: Tensor, first: Affine) -> Callable[[Point], Point]:
 
     def solve(way: Point) -> Point:
         w, b = (part.double() for part in way)
-        if not first.movable:
+        if not movable:
             return torch.cholesky_solve(w.T, root).T.to(rows), torch.zeros_like(way[1])
         w = torch.cholesky_solve((w - torch.outer(b, mean)).T, root).T
         return w.to(rows), (b - w @ mean).to(rows)

@@ -7,13 +7,14 @@ layer, in the order in which they run, its weights and the constant behind them 
 
 with :math:`\tilde x` its input in the pruned and already repaired network (for a convolution, the patch that a kernel
 covers), :math:`y` the outputs of the dense network at the same place, and :math:`W_0` its weights as they are. No
-labels and no gradients. What is fitted is what matters:
+labels. What is fitted is what matters:
 
 - outputs behind a BatchNorm, whose mean takes the constant up;
 - where they are added to something, as in a residual block, the sum: the last layer to contribute makes up for what the
   others lost;
 - where a ReLU follows, its result: outputs that both networks have below zero need not agree (Zhang et al.,
-  *Accelerating Very Deep Convolutional Networks*, TPAMI 2016, section 2.2).
+  *Accelerating Very Deep Convolutional Networks*, TPAMI 2016, section 2.2);
+- with ``pairs``, where nothing but a ReLU lies between two layers, what the second makes of the first (`pairs`).
 
 Source: He et al., *Channel Pruning for Accelerating Very Deep Neural Networks*, ICCV 2017, section 3, with a damping
 :math:`\lambda` that held-out images choose. ``docs/criterion.md`` has what each part gained.
@@ -24,7 +25,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -33,38 +34,18 @@ from torch import Tensor, nn
 
 from .affine import Affine
 from .errors import InputError, RunError
+from .fitting import Fit, LayerRepair
 from .flow import Calls, Site, trace_sites
 from .graph import build_graph, kept_modes
 from .inputs import call
-from .least_squares import Task
 from .observe import input_channels, is_consumer, module_names, output_channels
-from .pairs import fit_through
-from .patches import channels_second, patches
+from .pairs import fit_pair
+from .patches import channels_second
 from .places import CHUNK, Places
 
 _MAX_UNKNOWNS = 8192  # weights of one output: beyond, the moments of the inputs outgrow memory
 _EACH, _PER_UNKNOWN = 16, 1.5  # places of each image, and for each weight of an output, at which layers are compared
-_SAME = 1e-12  # share of the variance that rounding explains
 _OTHERWISE = "{}: the pruned model was expected to run like the dense one, found otherwise"
-
-
-@dataclass(frozen=True)
-class LayerRepair:
-    """What repair did to one layer.
-
-    Attributes:
-        layer: its name.
-        error_before, error_after: mean square of what its outputs lack, behind a BatchNorm and together with what they
-            are added to, relative to their variance in the dense network; on all images.
-        damping: lambda, as a share of the mean variance of its inputs; None where the layer was left as it was.
-        left: why it was left as it was, or None.
-    """
-
-    layer: str
-    error_before: float = 0.0
-    error_after: float = 0.0
-    damping: float | None = None
-    left: str | None = None
 
 
 @dataclass(frozen=True)
@@ -212,7 +193,7 @@ def repair_towards(
     others: dict[int, Tensor] = {}
     waiting = Counter(site.other for name, site in sites.items() if site.other is not None and left[name] is None)
     calls = Calls({number: _keeper(others, number) for number in waiting})
-    before: dict[str, tuple[Affine, Tensor, Places]] = {}  # by its reader, a layer with its input
+    firsts: dict[str, Fit] = {}  # of pairs, by the layer that reads it
 
     def repair(name: str, module: nn.Module, args: Any) -> Any:
         site = sites[name]
@@ -231,20 +212,14 @@ def repair_towards(
             if not waiting[site.other]:
                 del others[site.other]
         assert isinstance(module, nn.Linear | nn.modules.conv._ConvNd)
-        layer, a = Affine(module, modules[site.norm] if site.norm is not None else None), args[0]
-        done[name] = _fit_layer(name, layer, site.rectified, _read(module, a, there).to(wide), goal, other)
-        if name in before:
-            first, its_input, its_places = before.pop(name)
-            its_rows = _read(first.module, its_input, its_places).to(wide)
-            if fit_through(first, layer, its_input, its_rows, goal, other, site.rectified, there):
-                parts = torch.split(its_input, CHUNK)
-                a = torch.cat([first.run(part, first.weights, first.constants).relu() for part in parts])
-                again = _fit_layer(name, layer, site.rectified, _read(module, a, there).to(wide), goal, other)
-                damping = done[name].damping if again.damping is None else again.damping
-                done[name] = replace(again, error_before=done[name].error_before, damping=damping)
+        layer = Affine(module, modules[site.norm] if site.norm is not None else None)
+        one = Fit(name, layer, site.rectified, args[0], goal, other, there)
+        done[name] = one.solve()
+        if name in firsts:
+            done[name] = fit_pair(firsts.pop(name), one, done[name])
         if pairs and layer.groups == 1 and site.reader in sites and left[site.reader] is None:
-            before[site.reader] = layer, a, there
-        return (a, *args[1:])
+            firsts[site.reader] = one
+        return (one.a, *args[1:])
 
     def fit(name: str) -> Callable[[nn.Module, Any], Any]:
         def hook(module: nn.Module, args: Any) -> Any:
@@ -349,44 +324,3 @@ def _targets(
         for handle in handles:
             handle.remove()
     return {name: torch.cat(rows) for name, rows in found.items() if rows}
-
-
-def _read(module: nn.Module, a: Tensor, places: Places) -> Tensor:
-    """What the weights of a layer's outputs are multiplied with, as rows [R, in * taps]."""
-    if not isinstance(module, nn.modules.conv._ConvNd):
-        return places.pick(channels_second(module, a), 0)
-    chunks = range(0, len(a), CHUNK)
-    return torch.cat([patches(module, a[start : start + CHUNK], places.of_chunk(start)) for start in chunks])
-
-
-def _fit_layer(name: str, layer: Affine, rectified: bool, x: Tensor, goal: Tensor, other: Tensor | None) -> LayerRepair:
-    """Fits one layer in place.
-
-    Args:
-        name: of the layer.
-        layer: with the BatchNorm behind it.
-        rectified: whether a ReLU follows.
-        x: what its weights are multiplied with in the pruned network, shape [R, in * taps].
-        goal: what should come out, with ``other`` added, shape [R, out].
-        other: what is added in the pruned network, shape [R, out], or None.
-    """
-    if not x.isfinite().all():
-        raise RunError(f"{name}: expected inputs that are finite, found others: nothing can be fitted to them")
-    other = torch.zeros_like(goal) if other is None else other
-    groups, constants = layer.groups, layer.constants
-    parts = zip(
-        x.chunk(groups, 1), goal.chunk(groups, 1), other.chunk(groups, 1), layer.weights.chunk(groups),
-        constants.chunk(groups), strict=True,
-    )  # fmt: skip
-    tasks = [Task(*part, constant=layer.movable, rectified=rectified) for part in parts]
-    variance = max(sum(task.variance for task in tasks), 1e-30)
-    before = sum(task.lacking(task.outputs()) for task in tasks) / variance
-    if before < _SAME:
-        return LayerRepair(name, before, before)
-    for task in tasks:
-        task.fit()
-    outputs = [task.outputs() for task in tasks]
-    after = sum(task.lacking(found) for task, found in zip(tasks, outputs, strict=True)) / variance
-    weights, constants = torch.cat([task.weights for task in tasks]), torch.cat([task.constants for task in tasks])
-    layer.assign(weights, constants, torch.cat(outputs, 1))
-    return LayerRepair(name, before, after, max((t.damping for t in tasks if t.damping is not None), default=None))
