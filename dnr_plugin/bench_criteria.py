@@ -147,6 +147,7 @@ def run_criteria(
 
     Each seed's dense network is trained once, in ``dense/seed=N``. Each cell is a line of ``cells.jsonl`` as soon as it
     is finished; a cell that could not be made holds the reason, and is not tried again unless its line is deleted.
+    Several processes may fill one folder, each with seeds of its own; the last to end sums all of them up.
 
     Args:
         recipe: model, data and training; ``prune.observe.samples`` images for every criterion, ``prune.recalibrate``
@@ -177,7 +178,7 @@ def run_criteria(
         check_folder(dense_folder(folder, seed), one, resume=True)
 
     folder.mkdir(parents=True, exist_ok=True)
-    _rewrite(folder / _CELLS, cells)  # first: with it the folder is that of a benchmark
+    _tidy(folder / _CELLS, cells)  # first: with it the folder is that of a benchmark
     if not (folder / "recipe.yaml").is_file():
         write_recipe(recipe, folder / "recipe.yaml")
     missing = [key for key in grid.cells if not _finished(cells.get(key), finetune)]
@@ -190,6 +191,7 @@ def run_criteria(
                 with (folder / _CELLS).open("a", encoding="utf-8") as file:
                     file.write(json.dumps(cell) + "\n")
                 cells[_key(cell)] = cell
+    cells = _earlier(folder, recipe, resume=True)  # with those of processes that ran meanwhile
     result = summary(recipe, recalibration_images(recipe), list(cells.values()))
     write_criteria(folder, result)
     return result
@@ -265,9 +267,12 @@ def _key(cell: Mapping[str, Any]) -> Key:
     return Key(cell["seed"], cell["criterion"], cell["scope"], cell["level"])
 
 
-def _rewrite(file: Path, cells: Mapping[Key, Cell]) -> None:
-    with atomic_write(file) as out:
-        out.writelines(json.dumps(cell) + "\n" for cell in cells.values())
+def _tidy(file: Path, cells: Mapping[Key, Cell]) -> None:
+    """Leaves nothing but these cells in the file, which is not written anew without need: others may append to it."""
+    text = "".join(json.dumps(cell) + "\n" for cell in cells.values())
+    if not file.is_file() or file.read_text(encoding="utf-8") != text:
+        with atomic_write(file) as out:
+            out.write(text)
 
 
 def _finished(cell: Cell | None, finetune: bool) -> bool:

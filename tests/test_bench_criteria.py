@@ -92,6 +92,21 @@ def test_a_benchmark_that_is_resumed_with_more_and_after_a_kill(
     assert "cells.jsonl:1: expected a cell, found damage: KeyError('seed')" in _refused(capsys, *common, "--resume")
 
 
+def test_two_processes_may_fill_one_folder(tiny: Path, tmp_path: Path) -> None:
+    """A run of another seed, which starts and ends while this one runs, neither loses cells nor has them forgotten."""
+    recipe, folder = load_recipe(tiny, SMALL), tmp_path / "bench"
+
+    def together(items: Iterable[Any], total: int, what: str) -> Iterable[Any]:
+        for number, item in enumerate(items):
+            if what == "seed 0, random" and number == 1:
+                run_criteria(recipe, folder, Grid([1], ["random"], ["local"], [0.5]), resume=True)
+            yield item
+
+    result = run_criteria(recipe, folder, Grid([0], ["random"], ["local"], [0.7, 0.5]), track=together)
+    assert [(cell["seed"], cell["level"]) for cell in _cells(folder)] == [(0, 0.7), (1, 0.5), (0, 0.5)]
+    assert list(result["dense"]["by_seed"]) == ["0", "1"]
+
+
 def test_a_kill_costs_one_cell_and_every_seed_has_its_network(tiny: Path, tmp_path: Path) -> None:
     recipe = load_recipe(tiny, SMALL)
     grid = Grid([0, 1], ["random"], ["global"], [0.7, 0.5])
