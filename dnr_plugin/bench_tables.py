@@ -166,13 +166,13 @@ def _shown(row: Mapping[str, Any], name: str, result: Mapping[str, Any]) -> str:
 
 def notes(result: Mapping[str, Any]) -> list[str]:
     """What a reader should know beside the tables."""
-    dense, images = result["dense"], result["images"]
+    dense, images, pairs = result["dense"], result["images"], result["recipe"]["prune"]["repair_pairs"]
     by_seed = ", ".join(f"{100 * value:.1f} (seed {seed})" for seed, value in dense["by_seed"].items())
     lines = [
         f"Test accuracy in %, mean ± sample standard deviation over n = {dense['n']} seeds; best of a column in bold.",
         f"Dense networks: {by_seed}. Each is the same for every criterion.",
         f"Images: {images['calibration']} for every criterion, {images['recalibration']} for BatchNorm, "
-        f"{images['repair']} for repair.",
+        f"{images['repair']} for repair{' of layers and of pairs of layers' if pairs else ''}.",
         "The best of many settings is chosen on the test images here, so it is better by chance as well.",
         "Every criterion is planned by the same planner to the same FLOPs, and offered the same repair.",
         NOTE,
