@@ -14,7 +14,7 @@ from dnr_plugin.graph import eval_outputs
 from dnr_plugin.models import build_model
 from dnr_plugin.pairs import _conjugate_gradients
 from dnr_plugin.removal import prune_neurons
-from dnr_plugin.repair import repair_network
+from dnr_plugin.repair import LayerRepair, repair_network
 from dnr_plugin.schema import ModelOptions
 
 
@@ -45,6 +45,18 @@ def lacks(model: nn.Module, dense: nn.Module, x: Tensor) -> float:
     return float((found - y).square().sum() / (y - y.mean(0)).square().sum())
 
 
+def both(
+    dense: nn.Module, x: Tensor, removals: dict[str, list[int]]
+) -> dict[bool, tuple[nn.Module, list[LayerRepair]]]:
+    """Pruned and repaired without and with pairs."""
+    found = {}
+    for pairs in (False, True):
+        model = copy.deepcopy(dense)
+        prune_neurons(model, x[:1], removals)
+        found[pairs] = model, repair_network(model, dense, x[:1], removals, x, pairs=pairs)
+    return found
+
+
 @pytest.mark.parametrize("norm", [False, True])
 def test_two_neurons_do_the_work_of_six(norm: bool) -> None:
     """What the two outputs need is two features, which the neurons that are left can become, but are not."""
@@ -52,10 +64,7 @@ def test_two_neurons_do_the_work_of_six(norm: bool) -> None:
     dense = Two(norm=norm).eval()
     x, fresh = vectors(512, 1), vectors(512, 2)
     lost = {}
-    for pairs in (False, True):
-        model = copy.deepcopy(dense)
-        prune_neurons(model, x[:1], {"a": [0, 1, 2, 3]})
-        rows = repair_network(model, dense, x[:1], {"a": [0, 1, 2, 3]}, x, pairs=pairs)
+    for pairs, (model, rows) in both(dense, x, {"a": [0, 1, 2, 3]}).items():
         lost[pairs] = lacks(model, dense, fresh)
         assert rows[-1].error_after == pytest.approx(lacks(model, dense, x), rel=0.3, abs=1e-6)
         if norm:  # statistics of what it reads now, so that recalibration changes nothing
@@ -70,14 +79,9 @@ def test_without_a_place_for_constants_weights_alone_change() -> None:
     torch.manual_seed(0)
     dense = Two(bias=False).eval()
     x, fresh = vectors(512, 1), vectors(512, 2)
-    lost = {}
-    for pairs in (False, True):
-        model = copy.deepcopy(dense)
-        prune_neurons(model, x[:1], {"a": [0, 1]})
-        repair_network(model, dense, x[:1], {"a": [0, 1]}, x, pairs=pairs)
-        assert model.a.bias is None
-        lost[pairs] = lacks(model, dense, fresh)
-    assert lost[True] < lost[False]
+    found = both(dense, x, {"a": [0, 1]})
+    assert all(model.a.bias is None for model, _ in found.values())
+    assert lacks(found[True][0], dense, fresh) < lacks(found[False][0], dense, fresh)
 
 
 class Chain(nn.Module):
@@ -107,15 +111,9 @@ def test_a_chain_comes_closer() -> None:
             dense(x)  # BatchNorm's statistics
     dense.eval()
     before = {key: value.clone() for key, value in dense.state_dict().items()}
-    removals = {"a": [0, 1], "b": [2, 3]}
-    lost = {}
-    for pairs in (False, True):
-        model = copy.deepcopy(dense)
-        prune_neurons(model, x[:1], removals)
-        repair_network(model, dense, x[:1], removals, x, pairs=pairs)
-        lost[pairs] = lacks(model, dense, fresh)
-        assert all(p.grad is None and p.requires_grad for p in model.parameters())
-    assert lost[True] < 0.97 * lost[False]
+    (without, _), (model, _) = both(dense, x, {"a": [0, 1], "b": [2, 3]}).values()
+    assert lacks(model, dense, fresh) < 0.97 * lacks(without, dense, fresh)
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
     assert all(torch.equal(value, before[key]) for key, value in dense.state_dict().items())
 
 
@@ -124,25 +122,18 @@ def test_blocks_of_a_resnet_come_closer() -> None:
     torch.manual_seed(0)
     dense, x = own_resnet().eval(), images(128, 3)
     removals = {f"layer{i}.{k}.conv1": [0, 1] for i in (1, 2, 3) for k in (0, 1, 2)}
-    errors = {}
-    for pairs in (False, True):
-        model = copy.deepcopy(dense)
-        prune_neurons(model, x[:1], removals)
-        rows = repair_network(model, dense, x[:1], removals, x, pairs=pairs)
-        errors[pairs] = [row.error_after for row in rows if row.layer.endswith("conv2")]
-    assert sum(errors[True]) < 0.95 * sum(errors[False])
+    without, with_pairs = (
+        sum(row.error_after for row in rows if row.layer.endswith("conv2"))
+        for _, rows in both(dense, x, removals).values()
+    )
+    assert with_pairs < 0.95 * without
 
 
 def test_sixteen_bits_are_enough() -> None:
     torch.manual_seed(0)
     dense, x = Chain().eval().bfloat16(), images(64, 3).bfloat16()
-    lost = {}
-    for pairs in (False, True):
-        model = copy.deepcopy(dense)
-        prune_neurons(model, x[:1], {"a": [0, 1], "b": [2, 3]})
-        repair_network(model, dense, x[:1], {"a": [0, 1], "b": [2, 3]}, x, pairs=pairs)
-        lost[pairs] = lacks(model, dense, x)
-    assert lost[True] < lost[False]
+    (without, _), (model, _) = both(dense, x, {"a": [0, 1], "b": [2, 3]}).values()
+    assert lacks(model, dense, x) < lacks(without, dense, x)
 
 
 class Shared(nn.Module):
@@ -161,20 +152,13 @@ def test_what_others_read_stays_as_it_is() -> None:
     torch.manual_seed(0)
     dense = Shared().eval()
     x = vectors(128, 1)
-    found = []
-    for pairs in (False, True):
-        model = copy.deepcopy(dense)
-        prune_neurons(model, x[:1], {"a": [0]})
-        repair_network(model, dense, x[:1], {"a": [0]}, x, pairs=pairs)
-        found.append(model.state_dict())
-    assert all(torch.equal(found[0][key], found[1][key]) for key in found[0])
+    without, found = (model.state_dict() for model, _ in both(dense, x, {"a": [0]}).values())
+    assert all(torch.equal(without[key], found[key]) for key in found)
 
 
 def test_nothing_removed_changes_nothing() -> None:
-    dense = own_resnet().eval()
-    model = copy.deepcopy(dense)
-    x = images(64, 3)
-    repair_network(model, dense, x[:1], {}, x, pairs=True)
+    dense, x = own_resnet().eval(), images(64, 3)
+    model, _ = both(dense, x, {})[True]
     assert lacks(model, dense, x) < 1e-6
 
 
