@@ -88,17 +88,19 @@ class _State:
     """Inverse covariance and corrected weights of one reader, of the neurons that are left."""
 
     def __init__(self, reader: Reader) -> None:
+        own = reader.columns.flatten()  # what a removal does to inputs of other groups decides nothing
+        weights = reader.weights[:, own]
         # costs depend on W^T W alone, which a square matrix has as well as the many outputs of a wide layer
-        tall = len(reader.weights) > reader.weights.shape[1]
-        self.weights = torch.linalg.qr(reader.weights, mode="r").R if tall else reader.weights.clone()
-        self.neurons, self.columns = reader.neurons, reader.columns
+        tall = len(weights) > weights.shape[1]
+        self.weights = torch.linalg.qr(weights, mode="r").R if tall else weights
+        self.neurons, self.columns = reader.neurons, torch.arange(len(own)).view_as(reader.columns)
         self.known = reader.covariance.dim() == 2
         if self.known:
-            self.inverse = torch.cholesky_inverse(factor(reader.covariance, _DAMPING))
-            self.stays = torch.ones(len(self.inverse), dtype=torch.bool)
+            self.inverse = torch.cholesky_inverse(factor(reader.covariance, _DAMPING))[own][:, own]
+            self.stays = torch.ones(len(own), dtype=torch.bool)
         else:  # nothing stands in for anything
             damped = reader.covariance + _DAMPING * reader.covariance.mean() + _TINY
-            self.alone = (self.weights.square().sum(0) * damped)[reader.columns].sum(1)
+            self.alone = (self.weights.square().sum(0) * damped[own])[self.columns].sum(1)
 
     def costs(self) -> Tensor:
         """Of each neuron that is left, as things are now; shape [K]."""
