@@ -30,13 +30,18 @@ class Affine:
         self._bias = module.bias if isinstance(module.bias, Tensor) else None
         self.movable = norm is not None or self._bias is not None
         weights = module.weight.detach().double().flatten(1)
-        self._inner = weights.new_zeros(len(weights)) if self._bias is None else self._bias.detach().double()
-        self._scale, shift = torch.ones_like(self._inner), torch.zeros_like(self._inner)
+        self._scale = weights.new_ones(len(weights))
+        shift = torch.zeros_like(self._scale)
         if norm is not None:
             scale, shift = affine(norm)
             self._scale = torch.where(scale.abs() < _FLAT, _FLAT, scale)  # switched off: whatever it is multiplied with
         self.weights = weights * self._scale[:, None]
         self.constants = self._inner * self._scale + shift
+
+    @property
+    def _inner(self) -> Tensor:
+        """The layer's own constants, in front of the BatchNorm."""
+        return torch.zeros_like(self._scale) if self._bias is None else self._bias.detach().double()
 
     @property
     def groups(self) -> int:
@@ -65,6 +70,5 @@ class Affine:
             mean, variance = (found.mean(0) - shift) / self._scale, found.var(0, correction=0) / self._scale.square()
             assign_affine(self.norm, self._scale, shift, mean, variance)
         elif self._bias is not None:
-            self._bias.add_(shift)
-            self._inner = self._inner + shift
+            self._bias.copy_(constants)
         self.weights, self.constants = weights, constants

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from helpers import images
 from torch import Tensor, nn
 
+from dnr_plugin.affine import Affine
 from dnr_plugin.graph import eval_outputs
 from dnr_plugin.models import build_model
 from dnr_plugin.pairs import _conjugate_gradients
@@ -129,11 +130,22 @@ def test_blocks_of_a_resnet_come_closer() -> None:
     assert with_pairs < 0.95 * without
 
 
-def test_sixteen_bits_are_enough() -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_networks_of_other_precision(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    dense, x = Chain().eval().bfloat16(), images(64, 3).bfloat16()
+    dense, x = Chain().eval().to(dtype), images(64, 3).to(dtype)
     (without, _), (model, _) = both(dense, x, {"a": [0, 1], "b": [2, 3]}).values()
     assert lacks(model, dense, x) < lacks(without, dense, x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_layer_can_be_fitted_twice(dtype: torch.dtype) -> None:
+    module = nn.Linear(3, 2).to(dtype)
+    layer = Affine(module, None)
+    with torch.no_grad():
+        for value in (1.0, 5.0):
+            layer.assign(layer.weights, torch.full_like(layer.constants, value), torch.zeros(1, 2))
+            assert module.bias.tolist() == [value, value]
 
 
 class Shared(nn.Module):
