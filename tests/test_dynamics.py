@@ -795,7 +795,7 @@ def ranks_report(dynamics: DyingNeuronDynamics, found: list[Check], model: nn.Mo
 
 
 RANK = """
-import sys, torch, torch.distributed as dist, torch.nn.functional as F
+import gc, sys, torch, torch.distributed as dist, torch.nn.functional as F
 sys.path[:0] = sys.argv[3:]
 torch.set_num_threads(1)
 from torch.nn.parallel import DistributedDataParallel
@@ -829,6 +829,8 @@ with torch.no_grad():
     except ValueError as caught:
         error = str(caught)
 open(f"{where}/{rank}.txt", "w").write(error)
+del wrapped  # DDP, in a cycle of references, holds the group, whose threads may else abort an interpreter that ends
+gc.collect()
 dist.destroy_process_group()
 """
 
