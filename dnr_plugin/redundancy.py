@@ -28,7 +28,8 @@ from .errors import RunError
 _DAMPING = 1e-4
 _DAMPINGS = (1e-7, 1e-4, 1e-3, 1e-2, 1e-1)
 _TINY = 1e-30
-_COMPACT = 0.75  # share of the inputs that are left when those removed are dropped from memory
+_PENDING = 64  # rows whose products are taken from a matrix at once: one pass over it instead of one for each neuron
+_COMPACT = 0.75  # share of the neurons that are left when those removed are dropped from memory
 
 
 @dataclass
@@ -59,10 +60,10 @@ def damages(readers: Sequence[Reader], neurons: int) -> tuple[list[int], Tensor]
         Neurons in the order in which they go, and what each costs on top of those before, summed over all readers;
         >= 0, float64, shape [n].
     """
-    threads = torch.get_num_threads()
+    states, threads = [_State(reader) for reader in readers], torch.get_num_threads()
     torch.set_num_threads(1)  # thousands of small products, for which threads would only wait for each other
     try:
-        return _one_by_one([_State(reader) for reader in readers], neurons)
+        return _one_by_one(states, neurons)
     finally:
         torch.set_num_threads(threads)
 
@@ -85,56 +86,101 @@ def _one_by_one(states: Sequence[_State], neurons: int) -> tuple[list[int], Tens
 
 
 class _State:
-    """Inverse covariance and corrected weights of one reader, of the neurons that are left."""
+    """Inverse covariance and W^T W of one reader, of the neurons that are left.
+
+    Costs depend on W^T W alone, which is no larger for the many outputs of a wide layer.
+    """
 
     def __init__(self, reader: Reader) -> None:
         own = reader.columns.flatten()  # what a removal does to inputs of other groups decides nothing
-        weights = reader.weights[:, own]
-        # costs depend on W^T W alone, which a square matrix has as well as the many outputs of a wide layer
-        tall = len(weights) > weights.shape[1]
-        self.weights = torch.linalg.qr(weights, mode="r").R if tall else weights
-        self.neurons, self.columns = reader.neurons, torch.arange(len(own)).view_as(reader.columns)
+        weights, each = reader.weights[:, own], reader.columns.shape[1]
+        self.neurons, self.stays = reader.neurons, torch.ones(len(reader.neurons), dtype=torch.bool)
         self.known = reader.covariance.dim() == 2
         if self.known:
-            self.inverse = torch.cholesky_inverse(factor(reader.covariance, _DAMPING))[own][:, own]
-            self.stays = torch.ones(len(own), dtype=torch.bool)
+            inverse = torch.cholesky_inverse(factor(reader.covariance, _DAMPING))[own][:, own]
+            self.inverse, self.squares = _Downdated(inverse, each), _Downdated(weights.T @ weights, each)
         else:  # nothing stands in for anything
             damped = reader.covariance + _DAMPING * reader.covariance.mean() + _TINY
-            self.alone = (self.weights.square().sum(0) * damped[own])[self.columns].sum(1)
+            self.alone = (weights.square().sum(0) * damped[own]).view(-1, each).sum(1)
+        self.position = self._positions()
 
     def costs(self) -> Tensor:
-        """Of each neuron that is left, as things are now; shape [K]."""
+        """Of each of `neurons`, as things are now; of those that are gone, anything. Shape [K]."""
         if not self.known:
             return self.alone
-        if self.columns.shape[1] == 1:
-            column = self.columns[:, 0]
-            return self.weights.square().sum(0)[column] / self.inverse.diagonal()[column].clamp_min(_TINY)
-        blocks = self.inverse[self.columns[:, :, None], self.columns[:, None, :]]  # [K, M, M]
-        weights = self.weights[:, self.columns].permute(1, 2, 0)  # [K, M, O]
-        cost: Tensor = (weights * torch.linalg.solve(blocks, weights)).sum((1, 2))
+        inverse, squares = self.inverse.blocks, self.squares.blocks
+        if inverse.shape[1] == 1:
+            return squares.flatten() / inverse.flatten().clamp_min(_TINY)
+        cost: Tensor = torch.linalg.solve(inverse, squares).diagonal(dim1=1, dim2=2).sum(1)
         return cost
 
     def remove(self, neuron: int) -> None:
-        others = self.neurons != neuron
-        if others.all():
+        block = self.position.get(neuron)
+        if block is None:
             return
-        gone = self.columns[~others].flatten()
-        self.neurons, self.columns = self.neurons[others], self.columns[others]
+        self.stays[block] = False
         if not self.known:
-            self.alone = self.alone[others]
             return
-        correction = torch.linalg.solve(self.inverse[gone][:, gone], self.inverse[gone])  # [M, F]
-        self.weights.addmm_(self.weights[:, gone], correction, alpha=-1.0)
-        self.inverse.addmm_(self.inverse[:, gone], correction, alpha=-1.0)
-        self.weights[:, gone] = 0.0
-        self.inverse[gone] = 0.0
-        self.inverse[:, gone] = 0.0
-        self.stays[gone] = False
+        # with P and Q the rows of C^-1 and of W^T W: C^-1 loses P^T P_GG^-1 P, and W becomes W - W_G P_GG^-1 P
+        inverse, squares = self.inverse.rows(block), self.squares.rows(block)
+        span = self.inverse.span(block)
+        correction = torch.linalg.solve(inverse[:, span], inverse)
+        half = torch.addmm(squares, squares[:, span], correction, alpha=-0.5)
+        self.inverse.subtract(inverse, correction)
+        self.squares.subtract(torch.cat([correction, half]), torch.cat([half, correction]))
+        self.inverse.blocks[block] = torch.eye(len(inverse), dtype=inverse.dtype)  # can be solved, if for nothing
         if int(self.stays.sum()) < _COMPACT * len(self.stays):
-            kept = self.stays.nonzero().flatten()
-            self.columns = (self.stays.cumsum(0) - 1)[self.columns]
-            self.weights, self.inverse = self.weights[:, kept], self.inverse[kept][:, kept]
-            self.stays = self.stays[kept]
+            self.inverse.keep(self.stays)
+            self.squares.keep(self.stays)
+            self.neurons, self.stays = self.neurons[self.stays], self.stays[self.stays]
+            self.position = self._positions()
+
+    def _positions(self) -> dict[int, int]:
+        return {neuron: block for block, neuron in enumerate(self.neurons.tolist())}
+
+
+class _Downdated:
+    """A matrix from which products of a few rows are taken, many at a time; its diagonal blocks are always current.
+
+    Attributes:
+        blocks: on the diagonal, shape [K, M, M].
+    """
+
+    def __init__(self, matrix: Tensor, each: int) -> None:
+        self.matrix, self.each = matrix, each
+        shape = (len(matrix) // each, each)
+        self.blocks = matrix.view(*shape, *shape).diagonal(dim1=0, dim2=2).permute(2, 0, 1).clone()
+        self.left, self.right = torch.empty(2, _PENDING + 2 * each, len(matrix), dtype=matrix.dtype)
+        self.pending = 0
+
+    def span(self, block: int) -> slice:
+        return slice(block * self.each, (block + 1) * self.each)
+
+    def rows(self, block: int) -> Tensor:
+        """Of one block, shape [M, F]."""
+        own, pending = self.span(block), self.pending
+        return torch.addmm(self.matrix[own], self.left[:pending, own].T, self.right[:pending], alpha=-1.0)
+
+    def subtract(self, left: Tensor, right: Tensor) -> None:
+        """Takes ``left^T right`` away, of shapes [R, F]."""
+        pending = slice(self.pending, self.pending + len(left))
+        self.left[pending], self.right[pending] = left, right
+        self.pending = pending.stop
+        by_block = (len(left), -1, self.each)
+        self.blocks.baddbmm_(left.view(by_block).permute(1, 2, 0), right.view(by_block).transpose(0, 1), alpha=-1.0)
+        if self.pending >= _PENDING:
+            self._settle()
+
+    def keep(self, blocks: Tensor) -> None:
+        """Forgets the others; bool, shape [K]."""
+        self._settle()
+        kept = blocks.repeat_interleave(self.each)
+        self.matrix, self.blocks = self.matrix[kept][:, kept], self.blocks[blocks]
+        self.left, self.right = self.left[:, kept], self.right[:, kept]
+
+    def _settle(self) -> None:
+        self.matrix.addmm_(self.left[: self.pending].T, self.right[: self.pending], alpha=-1.0)
+        self.pending = 0
 
 
 def factor(moments: Tensor, damping: float) -> Tensor:
