@@ -121,7 +121,7 @@ class _State:
         self.stays[block] = False
         if not self.known:
             return
-        # with P and Q the rows of C^-1 and of W^T W: C^-1 loses P^T P_GG^-1 P, and W becomes W - W_G P_GG^-1 P
+        # P being rows of C^-1, it loses P^T P_GG^-1 P, and W becomes W - W_G P_GG^-1 P
         inverse, squares = self.inverse.rows(block), self.squares.rows(block)
         span = self.inverse.span(block)
         correction = torch.linalg.solve(inverse[:, span], inverse)
