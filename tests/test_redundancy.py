@@ -120,18 +120,20 @@ def test_damping_grows_where_there_are_few_samples() -> None:
     assert careful.square().sum() < 0.9 * bold.square().sum()
 
 
-def test_the_sum_of_damages_is_what_the_outputs_lose() -> None:
+@pytest.mark.parametrize(("neurons", "each"), [(32, 2), (300, 1)])
+def test_the_sum_of_damages_is_what_the_outputs_lose(neurons: int, each: int) -> None:
     """A wide random layer: with the corrected weights, measured on the data, whatever order was taken."""
-    draw = np.random.default_rng(0)
-    mix = np.eye(64) + 0.05 * draw.normal(size=(64, 64))  # not so nearly singular that damping counts
-    x, w = draw.normal(size=(600, 64)) @ mix, draw.normal(size=(32, 64))
+    draw, features = np.random.default_rng(0), neurons * each
+    mix = np.eye(features) + 0.4 / features**0.5 * draw.normal(size=(features, features))  # damping hardly counts
+    x, w = draw.normal(size=(10 * features, features)) @ mix, draw.normal(size=(32, features))
     x -= x.mean(0)
     covariance = torch.from_numpy(x.T @ x / len(x))
-    columns = [[2 * k, 2 * k + 1] for k in range(32)]
-    order, costs = damages([Reader(covariance, torch.from_numpy(w), torch.arange(32), torch.tensor(columns))], 32)
-    for count in (1, 16, 31):
-        gone = torch.zeros(64, dtype=torch.bool)
-        gone[torch.tensor([columns[k] for k in order[:count]]).flatten()] = True
+    columns = np.arange(features).reshape(neurons, each)
+    read = Reader(covariance, torch.from_numpy(w), torch.arange(neurons), torch.from_numpy(columns))
+    order, costs = damages([read], neurons)
+    for count in (1, neurons // 2, neurons - 1):
+        gone = torch.zeros(features, dtype=torch.bool)
+        gone[columns[order[:count]].flatten()] = True
         change = reproduce([covariance], gone, torch.from_numpy(w)).numpy()
         left = w[:, ~gone.numpy()] + change
         actual = ((x @ w.T - x[:, ~gone.numpy()] @ left.T) ** 2).sum(1).mean()
