@@ -60,19 +60,33 @@ def damages(readers: Sequence[Reader], neurons: int) -> tuple[list[int], Tensor]
         Neurons in the order in which they go, and what each costs on top of those before, summed over all readers;
         >= 0, float64, shape [n].
     """
-    states, threads = [_State(reader) for reader in readers], torch.get_num_threads()
+    constant, states = torch.zeros(neurons, dtype=torch.float64), []
+    for reader in readers:
+        if reader.covariance.dim() == 1:
+            constant.index_add_(0, reader.neurons, _alone(reader))
+        elif len(reader.neurons) == 1:  # as of a depthwise convolution, in hundreds: it has no other neuron to lose
+            constant.index_add_(0, reader.neurons, _State(reader).costs())
+        else:
+            states.append(_State(reader))
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)  # thousands of small products, for which threads would only wait for each other
     try:
-        return _one_by_one(states, neurons)
+        return _one_by_one(states, constant)
     finally:
         torch.set_num_threads(threads)
 
 
-def _one_by_one(states: Sequence[_State], neurons: int) -> tuple[list[int], Tensor]:
-    left = torch.ones(neurons, dtype=torch.bool)
-    order, costs = [], torch.zeros(neurons, dtype=torch.float64)
-    for step in range(neurons):
-        total = torch.zeros(neurons, dtype=torch.float64)
+def _alone(reader: Reader) -> Tensor:
+    """Cost of each neuron where no other stands in for it, shape [K]."""
+    damped = reader.covariance + _DAMPING * reader.covariance.mean() + _TINY
+    return (reader.weights.square().sum(0) * damped)[reader.columns].sum(1)
+
+
+def _one_by_one(states: Sequence[_State], constant: Tensor) -> tuple[list[int], Tensor]:
+    left = torch.ones(len(constant), dtype=torch.bool)
+    order, costs = [], torch.zeros_like(constant)
+    for step in range(len(constant)):
+        total = constant.clone()
         for state in states:
             total.index_add_(0, state.neurons, state.costs())
         total[~left] = torch.inf
@@ -94,20 +108,13 @@ class _State:
     def __init__(self, reader: Reader) -> None:
         own = reader.columns.flatten()  # what a removal does to inputs of other groups decides nothing
         weights, each = reader.weights[:, own], reader.columns.shape[1]
+        inverse = torch.cholesky_inverse(factor(reader.covariance, _DAMPING))[own][:, own]
+        self.inverse, self.squares = _Downdated(inverse, each), _Downdated(weights.T @ weights, each)
         self.neurons, self.stays = reader.neurons, torch.ones(len(reader.neurons), dtype=torch.bool)
-        self.known = reader.covariance.dim() == 2
-        if self.known:
-            inverse = torch.cholesky_inverse(factor(reader.covariance, _DAMPING))[own][:, own]
-            self.inverse, self.squares = _Downdated(inverse, each), _Downdated(weights.T @ weights, each)
-        else:  # nothing stands in for anything
-            damped = reader.covariance + _DAMPING * reader.covariance.mean() + _TINY
-            self.alone = (weights.square().sum(0) * damped[own]).view(-1, each).sum(1)
         self.position = self._positions()
 
     def costs(self) -> Tensor:
         """Of each of `neurons`, as things are now; of those that are gone, anything. Shape [K]."""
-        if not self.known:
-            return self.alone
         inverse, squares = self.inverse.blocks, self.squares.blocks
         if inverse.shape[1] == 1:
             return squares.flatten() / inverse.flatten().clamp_min(_TINY)
@@ -119,8 +126,6 @@ class _State:
         if block is None:
             return
         self.stays[block] = False
-        if not self.known:
-            return
         # P being rows of C^-1, it loses P^T P_GG^-1 P, and W becomes W - W_G P_GG^-1 P
         inverse, squares = self.inverse.rows(block), self.squares.rows(block)
         span = self.inverse.span(block)

@@ -55,7 +55,7 @@ def single(x: np.ndarray, w: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[i
     return x, w, [*range(x.shape[1])], [[k] for k in range(x.shape[1])]
 
 
-SCENES = ["single", "more outputs than inputs", "blocks", "several readers", "partial"]
+SCENES = ["single", "more outputs than inputs", "blocks", "several readers", "depthwise", "partial"]
 
 
 def scene(name: str, seed: int) -> tuple[list[tuple[np.ndarray, np.ndarray, list[int], list[list[int]]]], int]:
@@ -71,6 +71,9 @@ def scene(name: str, seed: int) -> tuple[list[tuple[np.ndarray, np.ndarray, list
         x, w = made(draw, 10, 3, mix=0.3)
         blocks = (x, w, [2, 0, 1, 4, 3], [[2 * k, 2 * k + 1] for k in range(5)])
         return [single(*made(draw, 5, 4)), blocks, single(*made(draw, 5, 2))], 5
+    if name == "depthwise":  # readers of one neuron each, beside one of all
+        each = [made(draw, 2, 3) for _ in range(4)]
+        return [single(*made(draw, 5, 4)), *((x, w, [k], [[1]]) for k, (x, w) in enumerate(each))], 5
     # neurons that only one of two readers reads, among inputs that are nobody's
     one, other = made(draw, 7, 4), made(draw, 5, 3)
     return [(*one, [0, 2, 3], [[1], [4], [6]]), (*other, [1, 3, 4], [[0], [2], [3]])], 5
