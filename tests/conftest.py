@@ -1,4 +1,4 @@
-"""Shared by all tests: few threads, small recipes, and where CIFAR-10 lies."""
+"""Shared by all tests: few threads, one seed, small recipes, and where CIFAR-10 lies."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 import yaml
 
 torch.set_num_threads(2)
+torch.manual_seed(0)  # for what is drawn while tests are collected
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -26,6 +27,12 @@ TINY: dict[str, Any] = {
     },
     "finetune": {"epochs": 2, "batch_size": 32, "lr": 0.01},
 }
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Weights that a test draws without a seed of its own are the same in every run."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture

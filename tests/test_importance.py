@@ -316,7 +316,7 @@ def test_weight_norms_are_those_of_the_weights_that_read_a_channel(module: nn.Mo
         x = torch.zeros(shape, dtype=weight.dtype)
         x[channel] = 1.0
         out = F.linear(x, weight) if attention else module(x if x.dim() == 1 else x[None])
-        out.abs().sum().backward()
+        out.sum().backward()  # not of magnitudes: an output of 0, as happens in 16 bits, has no gradient there
         read = weight.detach()[weight.grad != 0].double()
         weight.grad = None
         assert float(found[channel]) == pytest.approx(float(read.square().sum().sqrt()), rel=1e-5)
