@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -55,6 +57,20 @@ class Affine:
             return F.linear(a, weights, constants)
         found: Tensor = self.module._conv_forward(a, weights, constants)
         return found
+
+    def snapshot(self) -> Callable[[], None]:
+        """What makes layer and BatchNorm again what they are now, to the bit."""
+        modules = [module for module in (self.module, self.norm) if module is not None]
+        tensors = [t for m in modules for t in (*m.parameters(recurse=False), *m.buffers(recurse=False))]
+        saved = [tensor.detach().clone() for tensor in tensors]
+        weights, constants = self.weights, self.constants
+
+        def restore() -> None:
+            for tensor, value in zip(tensors, saved, strict=True):
+                tensor.copy_(value)
+            self.weights, self.constants = weights, constants
+
+        return restore
 
     def assign(self, weights: Tensor, constants: Tensor, outputs: Tensor) -> None:
         """Changes layer and BatchNorm, in place.

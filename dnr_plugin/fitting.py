@@ -11,7 +11,7 @@ from .affine import Affine
 from .errors import RunError
 from .least_squares import Task
 from .patches import channels_second, patches
-from .places import CHUNK, Places
+from .places import Places
 
 SAME = 1e-12  # share of the variance that rounding explains
 
@@ -23,9 +23,10 @@ class LayerRepair:
     Attributes:
         layer: its name.
         error_before, error_after: mean square of what its outputs lack, behind a BatchNorm and together with what they
-            are added to, relative to their variance in the dense network; on all images. Of the first of a pair, as it
-            was fitted for itself.
-        damping: lambda, as a share of the mean variance of its inputs; None where the layer was left as it was.
+            are added to, relative to their variance in the dense network; on all images. The second is never above the
+            first. Of the first of a pair, as it was fitted for itself.
+        damping: lambda, as a share of the mean variance of its inputs; None where the layer was left as it was, since
+            no fit served it better.
         left: why it was left as it was, or None.
     """
 
@@ -62,13 +63,13 @@ class Fit:
         """What the weights of the layer's outputs are multiplied with, shape [R, in * taps]."""
         module, a, places = self.layer.module, self.a, self.places
         if isinstance(module, nn.modules.conv._ConvNd):
-            chunks = range(0, len(a), CHUNK)
-            parts = [patches(module, a[start : start + CHUNK], places.of_chunk(start)) for start in chunks]
+            chunks = range(0, len(a), places.chunk)
+            parts = [patches(module, a[start : start + places.chunk], places.of_chunk(start)) for start in chunks]
             return torch.cat(parts).to(self.goal)
         return places.pick(channels_second(module, a), 0).to(self.goal)
 
     def solve(self) -> LayerRepair:
-        """Fits the layer in place.
+        """Fits the layer in place; where that does not lower its error it gives what it gave.
 
         Raises:
             RunError: what it reads is not finite.
@@ -82,14 +83,14 @@ class Fit:
         parts = zip(x_parts, goals, others, weights, constants, strict=True)
         tasks = [Task(*part, constant=layer.movable, rectified=self.rectified) for part in parts]
         variance = max(sum(task.variance for task in tasks), 1e-30)
-        before = sum(task.lacking(task.outputs()) for task in tasks) / variance
+        lacks = [task.lacking(task.outputs()) for task in tasks]
+        before = sum(lacks) / variance
         if before < SAME:
             return LayerRepair(self.name, before, before)
-        for task in tasks:
-            task.fit()
+        tasks = [task.fitted(lack) for task, lack in zip(tasks, lacks, strict=True)]
         outputs = [task.outputs() for task in tasks]
         after = sum(task.lacking(found) for task, found in zip(tasks, outputs, strict=True)) / variance
         fitted = torch.cat([task.weights for task in tasks]), torch.cat([task.constants for task in tasks])
         layer.assign(*fitted, torch.cat(outputs, 1))
         damping = max((task.damping for task in tasks if task.damping is not None), default=None)
-        return LayerRepair(self.name, before, after, damping)
+        return LayerRepair(self.name, before, before if damping is None else after, damping)

@@ -26,10 +26,10 @@ class Task:
         x: inputs, shape [R, in]; changed in place while fitting, by up to rounding.
         goal: what should come out once ``other`` is added, shape [R, out].
         other: what is added, shape [R, out].
-        weights, constants: as they are, then as they were fitted; float64, shapes [out, in] and [out].
+        weights, constants: float64, shapes [out, in] and [out].
         constant: whether the constants may change.
         rectified: whether what is below zero counts as zero.
-        damping: as chosen; None where held-out rows lose by every fit, so that all stays as it is.
+        damping: that they were fitted with; None where they are as they were.
     """
 
     x: Tensor
@@ -41,16 +41,26 @@ class Task:
     rectified: bool
     damping: float | None = None
 
-    def fit(self) -> None:
-        """Chooses a damping on the last rows and fits to all of them."""
-        center = self.x.mean(0) * self.constant  # means that are large would drown the moments in rounding
-        self.x.sub_(center)
-        self.constants = self.constants + self.weights @ center.double()
-        self._fit()
-        self.x.add_(center)
-        self.constants = self.constants - self.weights @ center.double()
+    def fitted(self, lacks: float) -> Task:
+        """Chooses a damping on the last rows and fits to all of them.
 
-    def _fit(self) -> None:
+        Args:
+            lacks: `lacking` of the outputs as they are.
+
+        Returns:
+            This task where the last rows lose by every fit, or all rows together.
+        """
+        center = self.x.mean(0) * self.constant  # means that are large would drown the moments in rounding
+        shift = center.double()
+        self.x.sub_(center)
+        centered = replace(self, constants=self.constants + self.weights @ shift)._fitted()
+        self.x.add_(center)
+        fit = replace(centered, constants=centered.constants - centered.weights @ shift)
+        if fit.damping is None or fit.lacking(fit.outputs()) >= lacks:
+            return self
+        return fit
+
+    def _fitted(self) -> Task:
         share = max(1, round(len(self.x) * (1.0 - HELD_OUT)))
         fitted, held = slice(None, share), slice(share, None)
         y = self.goal - self.other
@@ -58,7 +68,7 @@ class Task:
         some = slice(None, None, -(-len(self.weights) // _TRIED))
         damping = self._part(held, some)._damping_by(replace(first, yx=first.yx[some]))
         if damping is None:
-            return
+            return self
         moments = first + rest
         solver = _Solver(moments, self.weights, self.constant)
         weights, constants = solver.solve(moments, damping, self.constants)
@@ -67,7 +77,7 @@ class Task:
             free = torch.minimum(self._outputs(weights, constants), -self.other)
             moments = moments.towards(self.x, torch.where(self.goal <= 0, free, y))
             weights, constants = solver.solve(moments, damping, self.constants)
-        self.weights, self.constants, self.damping = weights, constants, damping
+        return replace(self, weights=weights, constants=constants, damping=damping)
 
     def _part(self, rows: slice, outputs: slice) -> Task:
         return replace(

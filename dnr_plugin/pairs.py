@@ -26,12 +26,12 @@ from .fitting import SAME, Fit, LayerRepair
 from .least_squares import HELD_OUT
 from .moments import outer_products
 from .patches import channels_second
-from .places import CHUNK
 from .redundancy import factor
 
 _ITERATIONS = 4  # of conjugate gradients
 _STEPS = (0.25, 0.5, 1.0)  # shares of the step that are tried
 _DAMPING = 1e-2  # of the preconditioner
+_AT_ONCE = 64  # images
 
 Point = tuple[Tensor, Tensor]  # weights [out, in * taps] and constants [out] of the first layer
 
@@ -46,7 +46,7 @@ def fit_pair(first: Fit, second: Fit, row: LayerRepair) -> LayerRepair:
 
     Returns:
         What was done to the second in all; ``row`` where images that took no part would not be better served by any
-        change of the first, so that all stays as it is.
+        change of the first, or where all images together are not, so that all stays as it is.
     """
     if row.error_after < SAME:
         return row
@@ -55,20 +55,26 @@ def fit_pair(first: Fit, second: Fit, row: LayerRepair) -> LayerRepair:
     if change is None:
         return row
     w, b = change
+    restore, a = (layer.snapshot(), second.layer.snapshot()), second.a
     layer.assign(w.double(), b.double(), rows @ w.T + b)
-    second.a = torch.cat([layer.run(part, w, b).relu() for part in torch.split(first.a, CHUNK)])
+    second.a = torch.cat([layer.run(part, w, b).relu() for part in torch.split(first.a, _AT_ONCE)])
     again = second.solve()
+    if again.error_after >= row.error_after:
+        for part in restore:
+            part()
+        second.a = a
+        return row
     damping = row.damping if again.damping is None else again.damping
     return replace(again, error_before=row.error_before, damping=damping)
 
 
 def _step(first: Fit, second: Fit, rows: Tensor) -> Point | None:
     """Where the first layer should go; None where it should stay."""
-    a, each = first.a, len(second.goal) // len(first.a)
+    a, each, size = first.a, len(second.goal) // len(first.a), second.places.chunk
 
     def chunk(start: int) -> tuple[Callable[[Tensor, Tensor], Tensor], Tensor]:
         """What comes out for some images, by the weights and constants of the first layer, and what should."""
-        images, here = a[start : start + CHUNK], slice(start * each, (start + CHUNK) * each)
+        images, here = a[start : start + size], slice(start * each, (start + size) * each)
 
         def outputs(w: Tensor, b: Tensor) -> Tensor:
             layer = second.layer
@@ -79,7 +85,7 @@ def _step(first: Fit, second: Fit, rows: Tensor) -> Point | None:
 
         return outputs, second.goal[here].relu() if second.rectified else second.goal[here]
 
-    starts = range(0, len(a), CHUNK)
+    starts = range(0, len(a), size)
     count = max(1, round(len(starts) * (1.0 - HELD_OUT)))
     fitted, held = starts[:count], starts[count:] or starts
     now = first.layer.weights.to(rows), first.layer.constants.to(rows)

@@ -7,14 +7,26 @@ import random
 import torch
 from torch import Tensor
 
-CHUNK = 64  # images that are read at the same positions
+CHUNK = 64  # images that are read at the same positions, at most
+_CHUNKS = 4  # at least, so that the last quarter of the images, which judges a fit, is read at positions of its own
 
 
 class Places:
-    """Positions at which one layer is read: new ones for every few images, the same in both networks."""
+    """Positions at which one layer is read: new ones for every few images, the same in both networks.
 
-    def __init__(self, seed: str, each: int) -> None:
-        self.seed, self.each = seed, each  # places of an image
+    Args:
+        seed: draws them.
+        each: places of an image.
+        images: that will be read in all.
+
+    Attributes:
+        chunk: images that are read at the same positions.
+        positions: of an image, once it is known.
+    """
+
+    def __init__(self, seed: str, each: int, images: int) -> None:
+        self.seed, self.each = seed, each
+        self.chunk = min(CHUNK, -(-images // _CHUNKS))
         self.positions = 0
 
     def of_chunk(self, first: int) -> Tensor:
@@ -25,7 +37,7 @@ class Places:
     def pick(self, values: Tensor, first: int) -> Tensor:
         """Values of shape [N, C, P] of the images from ``first`` on, at the positions, as rows [R, C]."""
         found = []
-        for start in range(0, len(values), CHUNK):
+        for start in range(0, len(values), self.chunk):
             positions = self.of_chunk(first + start).to(values.device)
-            found.append(values[start : start + CHUNK][:, :, positions].transpose(1, 2).flatten(0, 1))
+            found.append(values[start : start + self.chunk][:, :, positions].transpose(1, 2).flatten(0, 1))
         return torch.cat(found)

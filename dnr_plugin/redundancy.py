@@ -221,7 +221,8 @@ def reproduce(covariances: Sequence[Tensor], gone: Tensor, weights: Tensor) -> T
         weights: of all inputs, float64, shape [O, F].
 
     Returns:
-        What to add to the weights of the inputs that stay, shape [O, F - |gone|].
+        What to add to the weights of the inputs that stay, shape [O, F - |gone|]; nothing where each half is served
+        worse by every fit to the other.
     """
 
     def fit(covariance: Tensor, damping: float) -> Tensor:
@@ -240,4 +241,7 @@ def reproduce(covariances: Sequence[Tensor], gone: Tensor, weights: Tensor) -> T
         one, other = halves
         found = {d: error(fit(one, d), other) + error(fit(other, d), one) for d in _DAMPINGS}
         damping = min(found, key=lambda d: found[d])
+        nothing = torch.zeros_like(weights[:, ~gone])
+        if found[damping] >= error(nothing, one) + error(nothing, other):
+            return nothing
     return fit(whole, damping)

@@ -121,7 +121,8 @@ class Reference:
         self.images = _some([images] if isinstance(images, Tensor) else images, most)
         modules = {name: module for module, name in module_names(dense).items()}
         self.rows, self.memory = rows, memory
-        self.places = {name: Places(f"{seed} {name}", self._each(modules[name])) for name in self.sites}
+        count = len(self.images)
+        self.places = {name: Places(f"{seed} {name}", self._each(modules[name]), count) for name in self.sites}
         fitted = {name: site for name, site in self.sites.items() if _kind(modules[name]) is None}
         self.targets = _targets(dense, fitted, self.places, self.images)
 

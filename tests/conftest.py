@@ -1,15 +1,36 @@
-"""Shared by all tests: few threads, one seed, small recipes, and where CIFAR-10 lies."""
+"""Shared by all tests: one thread, one seed, small recipes, and where CIFAR-10 lies.
+
+``DNR_TEST_THREADS`` and ``DNR_TEST_SEED`` (added to every seed) run the same tests under other conditions
+(`test_processors`).
+"""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
-import torch
-import yaml
+THREADS = os.environ.setdefault("DNR_TEST_THREADS", "1")
+os.environ["OMP_NUM_THREADS"] = THREADS  # also of the programs that tests start; several workers share the cores
 
-torch.set_num_threads(2)
+import pytest  # noqa: E402
+import torch  # noqa: E402
+import yaml  # noqa: E402
+
+from dnr_plugin import data  # noqa: E402
+from dnr_plugin.schema import DataOptions  # noqa: E402
+
+torch.set_num_threads(int(THREADS))
+if shift := int(os.environ.get("DNR_TEST_SEED", "0")):
+    drawn = torch.manual_seed
+
+    class Shifted(torch.Generator):
+        def manual_seed(self, seed: int) -> torch.Generator:
+            return super().manual_seed(seed + shift)
+
+    torch.manual_seed = lambda seed: drawn(seed + shift)
+    torch.Generator = Shifted  # type: ignore[misc]
 torch.manual_seed(0)  # for what is drawn while tests are collected
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -50,3 +71,18 @@ def cifar10() -> Path:
     if not (folder / "cifar-10-batches-py").is_dir():
         pytest.skip(f"CIFAR-10 is not in {folder}")
     return folder
+
+
+@pytest.fixture(scope="session")
+def read_once() -> Iterator[None]:
+    """A data set in memory is the same for all tests that ask for this."""
+    read, known = data._load_published, {}
+
+    def once(options: DataOptions, root: Path) -> data.Data:
+        if (options.name, root) not in known:
+            known[options.name, root] = read(options, root)
+        return known[options.name, root]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "_load_published", once)
+        yield

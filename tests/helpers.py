@@ -1,4 +1,4 @@
-"""Small networks shared by the tests. Append only."""
+"""Small networks shared by the tests, and how far rounding may take their outputs. Append only."""
 
 from __future__ import annotations
 
@@ -7,6 +7,18 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+UNIT = 2.0**-24  # unit roundoff of float32
+
+
+def rounding(terms: int, layers: int = 1) -> float:
+    """Relative error of float32 outputs behind so many layers, each a sum of so many products, in whatever order.
+
+    Of one sum it is about ``sqrt(terms) * UNIT`` (Higham and Mary, *A New Approach to Probabilistic Rounding Error
+    Analysis*, SIAM 2019), and errors of layers add up; ten times that, for what cancels in a sum.
+    """
+    return 10.0 * layers * terms**0.5 * UNIT
 
 
 class Plain(nn.Module):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +25,6 @@ from dnr_plugin.run import run_recipe
 SMALL = ["model.width=4", "train.epochs=1", "finetune.epochs=1", "data.train_size=96", "prune.recalibrate=64"]
 SET = [part for override in SMALL for part in ("--set", override)]
 NARROW = ["--levels", "0.7,0.5", "--scopes", "local", "--seeds", "0"]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Layers of four channels are too small to share: on busy cores threads wait for each other ten times as long."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def _cells(folder: Path) -> list[dict[str, Any]]:

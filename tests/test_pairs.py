@@ -134,8 +134,13 @@ def test_blocks_of_a_resnet_come_closer() -> None:
 def test_networks_of_other_precision(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     dense, x = Chain().eval().to(dtype), images(64, 3).to(dtype)
-    (without, _), (model, _) = both(dense, x, {"a": [0, 1], "b": [2, 3]}).values()
-    assert lacks(model, dense, x) < lacks(without, dense, x)
+    (without, _), (model, rows) = both(dense, x, {"a": [0, 1], "b": [2, 3]}).values()
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    assert {"b", "c"} <= {row.layer for row in rows if row.damping is not None}
+    before, after = lacks(without, dense, x), lacks(model, dense, x)
+    # written in bfloat16, weights and outputs move by up to 2^-9 of their size: what is lost, too, through four layers
+    written = 2.0**-9 if dtype == torch.bfloat16 else 0.0
+    assert after < (before**0.5 + 4 * written) ** 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -1,4 +1,7 @@
-"""Every command and every snippet of the README runs as it stands there, small where it would take long."""
+"""Every command and every snippet of the README runs as it stands there, small where it would take long.
+
+Commands that share a process share what they read; the first two also run as a stranger would, in one clone, in order.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,13 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
 
+from dnr_plugin.cli import main
 from dnr_plugin.recipe import load_recipe
 
 README = (ROOT / "README.md").read_text()
@@ -52,9 +57,41 @@ def test_the_readme_starts_with_the_two_commands() -> None:
     assert COMMANDS[1] == 'pip install -e ".[test]" && pytest'
 
 
+@pytest.mark.slow
+def test_the_two_commands_run_in_one_clone_in_order(tmp_path: Path) -> None:
+    """In a fresh environment, with what lies about in a folder that is worked in."""
+    listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
+    for name in filter(None, names):
+        if (ROOT / name).is_file():
+            (tmp_path / "clone" / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, tmp_path / "clone" / name)
+    if (shared := ROOT.parent / "shared").is_dir():
+        (tmp_path / "shared").symlink_to(shared)
+    for name in ("data/helpers.py", "build/lib/odd.py", "dist/x.py", "Untitled.ipynb", "scratch.py"):
+        (tmp_path / "clone" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "clone" / name).write_text("import sys,os\nx= 1")
+    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True)
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("OMP_", "DNR_", "PYTEST_"))}
+    environment |= {
+        "PATH": f"{tmp_path / 'venv' / 'bin'}{os.pathsep}{os.environ['PATH']}",
+        "VIRTUAL_ENV": str(tmp_path / "venv"),
+    }
+    for command in COMMANDS[:2]:
+        start = time.perf_counter()
+        done = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", command],
+            cwd=tmp_path / "clone", env=environment, capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
+        print(f"{command}: {time.perf_counter() - start:.0f} s", *done.stdout.splitlines()[-1:])
+    assert (tmp_path / "clone" / "runs" / "quickstart" / "report.html").is_file()
+
+
 def test_the_quickstart_keeps_its_promise(tmp_path: Path) -> None:
     """The first command after its `pip install`: half of the FLOPs, within a point of the dense accuracy."""
-    done = _dnr(["run", "recipes/quickstart.yaml", "--output", str(tmp_path / "run"), "--device", "cpu"])
+    run = ["run", "recipes/quickstart.yaml", "--output", str(tmp_path / "run"), "--device", "cpu"]
+    done = subprocess.run([sys.executable, "-m", "dnr_plugin", *run], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""  # no progress bar where there is no terminal
     report = json.loads((tmp_path / "run" / "report.json").read_text())
@@ -63,12 +100,25 @@ def test_the_quickstart_keeps_its_promise(tmp_path: Path) -> None:
     assert report["dense"]["accuracy"] > 0.9
 
 
-def _dnr(arguments: list[str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "dnr_plugin", *arguments], cwd=ROOT, capture_output=True, text=True)
+@pytest.fixture(scope="session")
+def small_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the quickstart, run small."""
+    folder = tmp_path_factory.mktemp("small") / "run"
+    recipe = str(ROOT / "recipes" / "quickstart.yaml")
+    assert main(["run", recipe, "--output", str(folder), *_small("recipes/quickstart.yaml")]) == 0
+    return folder
 
 
+@pytest.mark.usefixtures("read_once")
 @pytest.mark.parametrize("command", [line for line in COMMANDS if line.startswith("dnr ")])
-def test_a_command_of_the_readme_runs(command: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def test_a_command_of_the_readme_runs(
+    command: str,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(ROOT)
     arguments = shlex.split(command, comments=True)[1:]
     if "data.root=data" in arguments:
         arguments[arguments.index("data.root=data")] = f"data.root={request.getfixturevalue('cifar10')}"
@@ -82,21 +132,20 @@ def test_a_command_of_the_readme_runs(command: str, tmp_path: Path, request: pyt
     if arguments[0] in ("report", "export", "compare"):
         if "onnx" in arguments:
             pytest.importorskip("onnxscript")
-        made = _dnr(
-            ["run", "recipes/quickstart.yaml", "--output", str(tmp_path / "run"), *_small("recipes/quickstart.yaml")]
-        )
-        assert made.returncode == 0, made.stderr
-        runs = [place for place, word in enumerate(arguments) if word.startswith(("runs/", "sweeps/"))]
-        for place in runs:
-            arguments[place] = str(shutil.copytree(tmp_path / "run", tmp_path / arguments[place]))
+        run = request.getfixturevalue("small_run")
+        for place, word in enumerate(arguments):
+            if word.startswith(("runs/", "sweeps/")):
+                arguments[place] = str(shutil.copytree(run, tmp_path / word))
     if arguments[:2] == ["bench", "overhead"]:
         arguments += ["--width", "8", "--batch", "4", "--rounds", "2", "--images", "32"]
         arguments += ["--side", "32"]
     if arguments[:2] == ["bench", "criteria"]:
         arguments += [*_small(arguments[2]), "--seeds", "0", "--levels", "0.5", "--criteria", "redundancy,l1"]
-    done = _dnr(arguments)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout
+    capsys.readouterr()
+    code = main(arguments)
+    captured = capsys.readouterr()
+    assert code == 0, captured.err
+    assert captured.out
 
 
 @pytest.mark.parametrize("snippet", SNIPPETS, ids=lambda text: text.splitlines()[0])
@@ -105,7 +154,6 @@ def test_a_snippet_of_the_readme_runs(snippet: str, tmp_path: Path) -> None:
     prelude = (
         "import torch, torch_pruning as tp, torchvision\n"
         "torch.manual_seed(0)\n"
-        "torch.set_num_threads(2)\n"
         "model = torchvision.models.resnet18(num_classes=10)\n"
         "example_inputs = torch.randn(1, 3, 32, 32)\n"
         "calibration = [(torch.randn(64, 3, 32, 32), torch.zeros(64).long()) for _ in range(24)]\n"

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 import yaml
 from pydantic import BaseModel
 
-from dnr_plugin import data
 from dnr_plugin.cli import main
 from dnr_plugin.recipe import load_recipe, shipped_recipes
-from dnr_plugin.schema import DataOptions, Recipe
+from dnr_plugin.schema import Recipe
 
+pytestmark = pytest.mark.usefixtures("read_once")
 SHIPPED = shipped_recipes()
 NAMES = pytest.mark.parametrize("name", SHIPPED)
 # What is said for its own sake: it has no default from which it could depart.
@@ -42,30 +40,6 @@ def varied(words: list[str]) -> list[list[str]]:
     (option,) = values(words, "--vary")
     dotted, _, found = option.partition("=")
     return [[*values(words, "--set"), f"{dotted}={value}"] for value in found.split(",")]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Networks this narrow gain nothing from a second one, and lose much where other processes want it."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _read_once() -> Iterator[None]:
-    """A data set in memory is the same for all recipes."""
-    read, known = data._load_published, {}
-
-    def once(options: DataOptions, root: Path) -> data.Data:
-        if (options.name, root) not in known:
-            known[options.name, root] = read(options, root)
-        return known[options.name, root]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "_load_published", once)
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torch_pruning as tp
-from helpers import Dense, Grouped, Mobile, Residual, images, make
+from helpers import Dense, Grouped, Mobile, Residual, images, make, rounding
 from torch import Tensor, nn
 
+from dnr_plugin import moments
+from dnr_plugin import redundancy as brain_surgeon
 from dnr_plugin import repair as repair_module
 from dnr_plugin.batchnorm import recalibrate_batchnorm
 from dnr_plugin.errors import InputError, RunError
@@ -177,7 +179,27 @@ def observed(model: nn.Module, data: Callable[[int, int], Tensor], **settings: A
     return importance
 
 
+def unrecovered(mix: Mix) -> float:
+    r"""What damping may leave of combinations that the other neurons carry, relative to the outputs.
+
+    With damping :math:`\lambda` (of the mean variance) a ridge regression misses :math:`\lambda / (\sigma + \lambda)` of
+    each direction of variance :math:`\sigma`, so that its error is at most
+    :math:`\max_\sigma \sqrt\sigma \lambda / (\sigma + \lambda) = \sqrt\lambda / 2` for a coefficient of one, however the
+    inputs are conditioned. The moments' rounding is part of :math:`\lambda`, which is chosen to exceed it.
+    """
+    weights = [share for others in mix.values() for share in others.values()]
+    damping = moments._ROUNDING + min(brain_surgeon._DAMPINGS)
+    return 0.5 * damping**0.5 * sum(share**2 for share in weights) ** 0.5
+
+
+def lost(model: nn.Module, dense: nn.Module, x: Tensor) -> float:
+    """Difference of the outputs, relative to their size."""
+    (found,), (expected,) = eval_outputs(model, x), eval_outputs(dense, x)
+    return float((found - expected).norm() / expected.norm())
+
+
 def difference(model: nn.Module, dense: nn.Module, x: Tensor) -> float:
+    """Difference of the outputs, relative to how they vary from image to image."""
     (found,), (expected,) = eval_outputs(model, x), eval_outputs(dense, x)
     return float((found - expected).norm() / (expected - expected.mean(0)).norm())
 
@@ -191,7 +213,7 @@ def test_without_redundant_neurons_outputs_stay(name: str, how: str) -> None:
     width = model.get_submodule(root).weight.shape[0]
     if how == "network":
         prune_neurons(model, example, {root: gone})
-        bare = difference(model, dense, held_out)
+        bare = lost(model, dense, held_out)
         layers = repair_network(model, dense, example, {root: gone}, [data(64, seed) for seed in range(4)])
         if name in ("transposed", "attention by PyTorch"):
             left = {"transposed": ("2", "ConvTranspose2d"), "attention by PyTorch": ("attention", "MultiheadAttention")}
@@ -202,7 +224,7 @@ def test_without_redundant_neurons_outputs_stay(name: str, how: str) -> None:
         importance = observed(model, data)
         unrepaired = copy.deepcopy(model)
         prune_neurons(unrepaired, example, {root: gone})
-        bare = difference(unrepaired, dense, held_out)
+        bare = lost(unrepaired, dense, held_out)
         group = group_of(model, example, root, gone)
         assert importance.repair(group) == {}
         group.prune()
@@ -218,8 +240,8 @@ def test_without_redundant_neurons_outputs_stay(name: str, how: str) -> None:
             importance.repair(group)
             group.prune()
     assert model.get_submodule(root).weight.shape[0] == width - len(gone)
-    assert bare > 1e-2, "removal alone was expected to show"
-    assert difference(model, dense, held_out) < 1e-4
+    assert bare > 4 * unrecovered(CASES[name][2]), "removal alone was expected to show"
+    assert lost(model, dense, held_out) < unrecovered(CASES[name][2])
 
 
 @pytest.mark.parametrize("name", ["conv 3x3", "conv 3x3, linear", "flatten", "mlp", "residual, BatchNorm"])
@@ -241,7 +263,7 @@ def test_redundancy_takes_what_others_reproduce(name: str) -> None:
     dense = copy.deepcopy(model)
     prune_neurons(model, example, plan.removals)
     repair_network(model, dense, example, plan.removals, [data(64, seed) for seed in range(4)])
-    assert difference(model, dense, data(32, 99)) < 1e-4
+    assert lost(model, dense, data(32, 99)) < unrecovered(mix)
 
 
 # ---- what could go wrong
@@ -254,7 +276,7 @@ def test_nothing_removed_changes_nothing() -> None:
         layers = repair_network(model, copy.deepcopy(model), data(2, 0), {}, [data(64, 0)])
         assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items()), name
         assert all(row.damping is None for row in layers)
-        assert max(row.error_after for row in layers) < 1e-10
+        assert max(row.error_after for row in layers) < rounding(72, 5) ** 2  # a mean of squares
 
 
 def resnet(seed: int = 0) -> nn.Module:
@@ -285,7 +307,7 @@ def test_it_comes_closer_than_recalibration() -> None:
     assert found < 0.75 * recalibration
     fitted = [row for row in layers if row.damping is not None]
     assert len(fitted) >= 6
-    assert all(row.error_after <= row.error_before * 1.01 for row in fitted)
+    assert all(row.error_after < row.error_before for row in fitted)
     assert [row.layer for row in layers][:2] == ["conv1", "layer1.0.conv1"]
     assert all(row.damping is None and row.left is None for row in layers[:4])  # of what nothing upstream was taken
 
@@ -371,16 +393,17 @@ def broken(how: str) -> tuple[nn.Module, Tensor]:
     "how",
     ["dead layer", "zero scales", "zero weights", "constant inputs", "zero inputs", "large means", "constant neurons"],
 )
-@pytest.mark.parametrize("network", [True, False])
-def test_degenerate_networks_get_finite_weights(how: str, network: bool) -> None:
+@pytest.mark.parametrize("way", ["network", "pairs", "group by group"])
+def test_degenerate_networks_come_no_further_from_the_dense_one(how: str, way: str) -> None:
     torch.manual_seed(0)
     model, x = broken(how)
     dense, example, removals = copy.deepcopy(model), images(1), {"a1": [0, 5], "b1": [2]}
-    if network:
+    if way != "group by group":
         prune_neurons(model, example, removals)
         bare = copy.deepcopy(model)
-        layers = repair_network(model, dense, example, removals, [x])
-        assert all(0.0 <= row.error_after < float("inf") for row in layers)
+        layers = repair_network(model, dense, example, removals, [x], pairs=way == "pairs")
+        assert all(0.0 <= row.error_after <= row.error_before < float("inf") for row in layers)
+        assert all(row.error_after == row.error_before for row in layers if row.damping is None)
     else:
         importance = DyingNeuronImportance("redundancy")
         with torch.no_grad(), importance.observe(model):
@@ -396,7 +419,24 @@ def test_degenerate_networks_get_finite_weights(how: str, network: bool) -> None
     assert all(torch.isfinite(value).all() for value in model.state_dict().values())
     (expected,), (found,), (without,) = (eval_outputs(m, x) for m in (dense, model, bare))
     assert torch.isfinite(found).all()
-    assert (found - expected).norm() <= (without - expected).norm() + 1e-3 * expected.norm() + 1e-5
+    scale = float(max(part.abs().max() for part in (x, expected)))  # large means come into every sum
+    assert (found - expected).norm() <= (without - expected).norm() + rounding(72, 6) * scale * expected.numel() ** 0.5
+
+
+def test_images_that_are_all_alike_are_no_evidence() -> None:
+    """They tell one value for each position; what fits all positions seen must not be wrong at the others, or on
+    other images worse than no repair."""
+    for seed in range(6):
+        torch.manual_seed(seed)
+        dense = Normed().eval()
+        recalibrate_batchnorm(dense, [images(64)])
+        model = copy.deepcopy(dense)
+        prune_neurons(model, images(1), {"a1": [0, 5], "b1": [2]})
+        bare = copy.deepcopy(model)
+        alike, others = images(1, seed).expand(64, -1, -1, -1), images(64, 100 + seed)
+        repair_network(model, dense, images(1), {"a1": [0, 5], "b1": [2]}, [alike])
+        assert lost(model, dense, alike) < lost(bare, dense, alike)
+        assert lost(model, dense, others) < 1.5 * lost(bare, dense, others)
 
 
 def test_inputs_that_are_not_finite_are_an_error() -> None:
@@ -480,7 +520,7 @@ def test_a_stream_that_two_layers_are_added_to() -> None:
     dense = copy.deepcopy(model)
     prune_neurons(model, images(1), {"hidden": [2]})
     layers = repair_network(model, dense, images(1), {"hidden": [2]}, [images(64, seed) for seed in range(2)])
-    assert difference(model, dense, images(16, 99)) < 1e-4
+    assert lost(model, dense, images(16, 99)) < unrecovered({2: {1: 1.0}})
     assert {row.layer for row in layers if row.damping is not None} == {"a", "b"}
 
 
@@ -570,4 +610,4 @@ def test_a_constant_neuron_goes_into_the_bias() -> None:
     group = group_of(model, images(1), "0", [4])
     importance.repair(group)
     group.prune()
-    assert difference(model, dense, images(16, 99)) < 1e-4
+    assert lost(model, dense, images(16, 99)) < rounding(108, 2)
