@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -31,10 +32,21 @@ def placed(model: nn.Module, device: torch.device) -> nn.Module:
 
 
 def device_name(device: torch.device) -> str:
-    """The device in words, for reports."""
+    """The device in words, for reports: of a CPU also its vector units, since rounding differs between them."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
+    units = torch.backends.cpu.get_cpu_capability()
+    return f"CPU ({_processor()}, {units}, {torch.get_num_threads()} threads)"
+
+
+def _processor() -> str:
+    """The processor's name, or its kind where the system does not tell."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
 
 
 def versions() -> dict[str, str]:
