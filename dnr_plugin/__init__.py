@@ -4,19 +4,20 @@ Importing this package loads torch and Torch-Pruning only; torchvision, fvcore, 
 what needs them.
 """
 
-from .batchnorm import recalibrate_batchnorm
-from .candidates import Timetable
-from .checkpoint import load_pruned, save_pruned
-from .dynamics import DyingNeuronDynamics
-from .errors import InputError, TargetError
-from .importance import DyingNeuronImportance
-from .layers import Limits
-from .measure import flop_report
-from .observe import Observer
-from .optimizer import follow_optimizer
-from .planning import plan_removal
-from .removal import prune_neurons, remove_dead_neurons
-from .repair import repair_network
+from dnr_plugin.dynamics.dynamics import DyingNeuronDynamics
+from dnr_plugin.dynamics.timetable import Timetable
+from dnr_plugin.errors import InputError, TargetError
+from dnr_plugin.models.saved import load_pruned, save_pruned
+from dnr_plugin.network.batchnorm import recalibrate_batchnorm
+from dnr_plugin.network.cost import flop_report
+from dnr_plugin.observation.observer import Observer
+from dnr_plugin.pruning.dead_neurons import remove_dead_neurons
+from dnr_plugin.pruning.groups import Limits
+from dnr_plugin.pruning.optimizer import follow_optimizer
+from dnr_plugin.pruning.plan import plan_removal
+from dnr_plugin.pruning.removal import prune_neurons
+from dnr_plugin.repair.network import repair_network
+from dnr_plugin.scoring.importance import DyingNeuronImportance
 
 __all__ = [
     "DyingNeuronDynamics",
@@ -43,11 +44,11 @@ __all__ = [
 def __getattr__(name: str) -> object:
     """Recipes need pydantic and torchvision, which the criterion alone does not."""
     if name == "load_recipe":
-        from .recipe import load_recipe
+        from dnr_plugin.recipe.load import load_recipe
 
         return load_recipe
     if name == "run_recipe":
-        from .run import run_recipe
+        from dnr_plugin.runs.run import run_recipe
 
         return run_recipe
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

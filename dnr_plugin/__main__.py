@@ -2,6 +2,6 @@
 
 import sys
 
-from .cli import main
+from dnr_plugin.cli.main import main
 
 sys.exit(main())

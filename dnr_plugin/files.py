@@ -1,4 +1,4 @@
-"""Files that are there as a whole or not at all."""
+"""Files that are there as a whole or not at all, and folders that can be written to."""
 
 from __future__ import annotations
 
@@ -8,6 +8,22 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
+
+from dnr_plugin.errors import InputError
+
+
+def existing_folder(folder: Path) -> Path:
+    """The folder, or the nearest one above it that is there."""
+    return next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
+
+
+def check_writable(folder: Path) -> None:
+    """Refuses a folder that is none, or could not be made."""
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"--output: expected a folder, found the file {folder}")
+    parent = existing_folder(folder)
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise InputError(f"--output: expected a folder that can be written to, found {folder}, where {parent} cannot")
 
 
 @contextlib.contextmanager

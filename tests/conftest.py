@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,12 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 import yaml  # noqa: E402
 
-from dnr_plugin import data  # noqa: E402
-from dnr_plugin.schema import DataOptions  # noqa: E402
+import dnr_plugin.pruning.plan as plan_module  # noqa: E402
+import dnr_plugin.runs.run as run_module  # noqa: E402
+from dnr_plugin.data import registry  # noqa: E402
+from dnr_plugin.data.images import Data  # noqa: E402
+from dnr_plugin.network.cost import latencies  # noqa: E402
+from dnr_plugin.recipe.sections import DataOptions  # noqa: E402
 
 torch.set_num_threads(int(THREADS))
 if shift := int(os.environ.get("DNR_TEST_SEED", "0")):
@@ -73,16 +78,30 @@ def cifar10() -> Path:
     return folder
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes longest starts first, so that no worker is left alone with it at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("longest") is None)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def timed_briefly() -> Iterator[None]:
+    """Latency is measured for two seconds at the end of every run; that it is right is for `test_measure` to say."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (run_module, plan_module):
+            patch.setattr(module, "latencies", partial(latencies, seconds=0.1))
+        yield
+
+
 @pytest.fixture(scope="session")
 def read_once() -> Iterator[None]:
     """A data set in memory is the same for all tests that ask for this."""
-    read, known = data._load_published, {}
+    read, known = registry.load_published, {}
 
-    def once(options: DataOptions, root: Path) -> data.Data:
+    def once(options: DataOptions, root: Path) -> Data:
         if (options.name, root) not in known:
             known[options.name, root] = read(options, root)
         return known[options.name, root]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "_load_published", once)
+        patch.setattr(registry, "load_published", once)
         yield

@@ -7,8 +7,8 @@ import random
 import torch
 from torch import Tensor, nn
 
-from dnr_plugin.batchnorm import recalibrate_batchnorm
-from dnr_plugin.graph import build_graph, channel_groups, output_layers
+from dnr_plugin.network.batchnorm import recalibrate_batchnorm
+from dnr_plugin.network.dependencies import build_graph, channel_groups, output_layers
 
 
 def images(samples: int, size: int = 8, seed: int = 0) -> Tensor:

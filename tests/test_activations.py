@@ -17,17 +17,19 @@ import torch_pruning as tp
 import torchvision
 from torch import Tensor, fx, nn
 
-from dnr_plugin import activations
-from dnr_plugin.activations import apply_spec, left_activations, replace_activations, summary
-from dnr_plugin.checkpoint import load_pruned, save_pruned
 from dnr_plugin.errors import InputError
-from dnr_plugin.layers import Limits
-from dnr_plugin.measure import flop_report
-from dnr_plugin.models import build_model, rebuild
-from dnr_plugin.planning import plan_removal
-from dnr_plugin.removal import prune_neurons
-from dnr_plugin.report import facts
-from dnr_plugin.schema import ModelOptions
+from dnr_plugin.models.activations import choice
+from dnr_plugin.models.activations.recording import activation_summary as summary
+from dnr_plugin.models.activations.recording import left_activations
+from dnr_plugin.models.activations.replacing import apply_spec, replace_activations
+from dnr_plugin.models.build import build_model, rebuild
+from dnr_plugin.models.saved import load_pruned, save_pruned
+from dnr_plugin.network.cost import flop_report
+from dnr_plugin.pruning.groups import Limits
+from dnr_plugin.pruning.plan import plan_removal
+from dnr_plugin.pruning.removal import prune_neurons
+from dnr_plugin.recipe.sections import ModelOptions
+from dnr_plugin.reports.run_report import facts
 
 # Written out, not taken from the package or from PyTorch's own.
 FORMULAS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -544,8 +546,8 @@ def test_summary_of_built_networks() -> None:
 
 def test_every_hidden_type_has_its_function() -> None:
     """What `_HIDDEN` derives from the types' names is a function of PyTorch."""
-    assert all(callable(getattr(F, name)) for name in activations._HIDDEN)
-    assert len(activations._HIDDEN) == len(activations._HIDDEN_TYPES)
+    assert all(callable(getattr(F, name)) for name in choice.HIDDEN)
+    assert len(choice.HIDDEN) == len(choice.HIDDEN_TYPES)
 
 
 def test_a_report_counts_what_is_left() -> None:

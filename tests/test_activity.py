@@ -14,7 +14,8 @@ from test_moments import read
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dnr_plugin.activity import Activity, dormancy, drift_bits, entropy_bits, octaves, on_off_entropy_bits
+from dnr_plugin.observation.activity import Activity, dormancy
+from dnr_plugin.observation.entropy import drift_bits, entropy_bits, octaves, on_off_entropy_bits
 
 INTEGERS = ("samples", "values", "fired_samples", "fired", "histogram", "highest", "lowest")
 SUMS = ("total", "total_magnitude", "total_square")

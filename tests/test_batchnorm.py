@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dnr_plugin.batchnorm import affine, assign_affine, fold_means, recalibrate_batchnorm
-from dnr_plugin.graph import build_graph, kept_modes
-from dnr_plugin.importance import DyingNeuronImportance
-from dnr_plugin.inputs import batch_inputs
+from dnr_plugin.network.batchnorm import affine, assign_affine, recalibrate_batchnorm
+from dnr_plugin.network.calling import batch_inputs, kept_modes
+from dnr_plugin.network.dependencies import build_graph
+from dnr_plugin.pruning.folding import fold_means
+from dnr_plugin.scoring.importance import DyingNeuronImportance
 
 
 def _batches(*sizes: int) -> list[Tensor]:

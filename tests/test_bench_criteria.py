@@ -13,14 +13,15 @@ import torch
 from runs import Killed
 from test_cli import _refused
 
-from dnr_plugin import bench_criteria
-from dnr_plugin.bench_criteria import Grid, grid_of, run_criteria
-from dnr_plugin.bench_plots import best_lines, criteria_figure
-from dnr_plugin.bench_tables import FIGURES, markdown, summary, tables
-from dnr_plugin.cli import main
-from dnr_plugin.criteria import CRITERIA
-from dnr_plugin.recipe import load_recipe
-from dnr_plugin.run import run_recipe
+from dnr_plugin.benchmarks.criteria import grid as grid_module
+from dnr_plugin.benchmarks.criteria.contenders import CRITERIA
+from dnr_plugin.benchmarks.criteria.grid import Grid, grid_of
+from dnr_plugin.benchmarks.criteria.plot import best_lines, criteria_figure
+from dnr_plugin.benchmarks.criteria.run import run_criteria
+from dnr_plugin.benchmarks.criteria.tables import FIGURES, markdown, summary, tables
+from dnr_plugin.cli.main import main
+from dnr_plugin.recipe.load import load_recipe
+from dnr_plugin.runs.run import run_recipe
 
 SMALL = ["model.width=4", "train.epochs=1", "finetune.epochs=1", "data.train_size=96", "prune.recalibrate=64"]
 SET = [part for override in SMALL for part in ("--set", override)]
@@ -145,10 +146,10 @@ def test_what_fails_is_noted_and_the_rest_goes_on(
 
     monkeypatch.setitem(CRITERIA, "l2", broken)
     monkeypatch.setitem(CRITERIA, "lamp", lambda *_: lambda group: torch.full((len(group[0].idxs),), torch.nan))
-    monkeypatch.setattr(bench_criteria, "SCOPES", ("local", "odd"))  # one that the planner does not know
+    monkeypatch.setattr(grid_module, "SCOPES", ("local", "odd"))  # one that the planner does not know
     folder = tmp_path / "bench"
     arguments = ["--levels", "0.5", "--seeds", "0", "--scopes", "local,odd", "--criteria", "l2,lamp,l1"]
-    monkeypatch.setattr("dnr_plugin.bench_tables.SCOPES", ("local", "odd"))
+    monkeypatch.setattr("dnr_plugin.benchmarks.criteria.tables.SCOPES", ("local", "odd"))
     assert main(["bench", "criteria", str(tiny), *SET, "--output", str(folder), *arguments]) == 0
     reasons = {(cell["criterion"], cell["scope"]): cell["reason"] for cell in _cells(folder)}
     assert reasons["l2", "local"] == reasons["l2", "odd"] == "ZeroDivisionError: nothing to divide by"

@@ -10,10 +10,10 @@ import torch
 from test_bench_criteria import NARROW, SET
 from test_cli import _refused
 
-from dnr_plugin.cli import main
-from dnr_plugin.layers import Limits, prunable_layers
-from dnr_plugin.models import build_model
-from dnr_plugin.recipe import load_recipe
+from dnr_plugin.cli.main import main
+from dnr_plugin.models.build import build_model
+from dnr_plugin.pruning.groups import Limits, prunable_layers
+from dnr_plugin.recipe.load import load_recipe
 
 FEW = ["--set", "prune.repair_samples=64"]
 

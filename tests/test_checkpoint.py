@@ -14,21 +14,15 @@ import torch
 import torchvision
 from torch import nn
 
-from dnr_plugin.checkpoint import (
-    atomic_write,
-    build,
-    describe,
-    load_checkpoint_state,
-    load_pruned,
-    save_checkpoint,
-    save_pruned,
-)
 from dnr_plugin.errors import InputError
-from dnr_plugin.layers import Limits
-from dnr_plugin.models import build_model
-from dnr_plugin.planning import plan_removal
-from dnr_plugin.removal import prune_neurons
-from dnr_plugin.schema import ModelOptions
+from dnr_plugin.files import atomic_write
+from dnr_plugin.models.build import build_model
+from dnr_plugin.models.saved import build, describe, load_pruned, save_pruned
+from dnr_plugin.pruning.groups import Limits
+from dnr_plugin.pruning.plan import plan_removal
+from dnr_plugin.pruning.removal import prune_neurons
+from dnr_plugin.recipe.sections import ModelOptions
+from dnr_plugin.runs.run_folder import load_checkpoint_state, save_checkpoint
 
 
 def _pruned(model: nn.Module, size: int = 32) -> nn.Module:

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from dnr_plugin.checks import check_live_noise, check_timetable, timetable
-from dnr_plugin.dynamics import Timetable
+from dnr_plugin.dynamics.timetable import Timetable
 from dnr_plugin.errors import InputError
-from dnr_plugin.recipe import load_recipe
+from dnr_plugin.recipe.load import load_recipe
+from dnr_plugin.runs.checks import check_live_noise
+from dnr_plugin.runs.timetable import check_timetable, timetable
 
 # 320 images in batches of 32: ten steps an epoch, ten epochs
 BASE = ["train.epochs=10", "prune.observe={samples: 64, min_samples: 32}", "prune.mode=dynamic",

@@ -13,13 +13,13 @@ import torch
 import yaml
 from conftest import ROOT, TINY
 
-from dnr_plugin import planning
-from dnr_plugin.checkpoint import save_pruned
-from dnr_plugin.cli import main
-from dnr_plugin.models import build_model
-from dnr_plugin.neurons import SCORES
-from dnr_plugin.recipe import shipped_recipes
-from dnr_plugin.schema import ModelOptions
+from dnr_plugin.cli.main import main
+from dnr_plugin.models.build import build_model
+from dnr_plugin.models.saved import save_pruned
+from dnr_plugin.pruning import plan as planning
+from dnr_plugin.recipe.load import shipped_recipes
+from dnr_plugin.recipe.sections import ModelOptions
+from dnr_plugin.scoring.scores import SCORES
 
 
 def _refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:

@@ -13,12 +13,13 @@ import pytest
 from conftest import TINY
 from made_up import check_events, epoch_events, report_of
 
-from dnr_plugin import compare_plots
-from dnr_plugin.cli import main
-from dnr_plugin.compare import Run, compare_runs, markdown, rows, write_comparison
-from dnr_plugin.published import PUBLISHED, published
-from dnr_plugin.recipe import load_recipe
-from dnr_plugin.run import run_recipe
+from dnr_plugin.cli.main import main
+from dnr_plugin.recipe.load import load_recipe
+from dnr_plugin.reports.comparison import Run, compare_runs
+from dnr_plugin.reports.comparison_report import markdown, rows, write_comparison
+from dnr_plugin.reports.figures import comparison as compare_plots
+from dnr_plugin.reports.published import PUBLISHED, published
+from dnr_plugin.runs.run import run_recipe
 
 CIFAR: dict[str, Any] = {
     "name": "made-up",

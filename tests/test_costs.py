@@ -9,10 +9,10 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from dnr_plugin.costs import CostModel, effect_per_neuron
-from dnr_plugin.graph import build_graph, channel_groups
-from dnr_plugin.measure import count_params, flop_report
-from dnr_plugin.removal import prune_neurons
+from dnr_plugin.network.cost import count_params, flop_report
+from dnr_plugin.network.dependencies import build_graph, channel_groups
+from dnr_plugin.pruning.cost_model import CostModel, effect_per_neuron
+from dnr_plugin.pruning.removal import prune_neurons
 
 
 def _conv(first: int, second: int, **options: int) -> nn.Sequential:

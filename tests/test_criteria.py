@@ -11,11 +11,19 @@ import torch_pruning as tp
 from helpers import images, make
 from torch import Tensor, nn
 
-from dnr_plugin.criteria import CRITERIA, OURS, THEIRS, Calibration, Criterion, build_criterion, check_scores
-from dnr_plugin.layers import Limits, prunable_layers
-from dnr_plugin.neurons import SCORES
-from dnr_plugin.planning import plan_removal
-from dnr_plugin.schema import ObserveOptions
+from dnr_plugin.benchmarks.criteria.contenders import (
+    CRITERIA,
+    OURS,
+    THEIRS,
+    Calibration,
+    Criterion,
+    build_criterion,
+    check_scores,
+)
+from dnr_plugin.pruning.groups import Limits, prunable_layers
+from dnr_plugin.pruning.plan import plan_removal
+from dnr_plugin.recipe.sections import ObserveOptions
+from dnr_plugin.scoring.scores import SCORES
 
 LEARNT = ("taylor", "hessian", "hessian_mean", "obdc")
 

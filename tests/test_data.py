@@ -14,22 +14,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from dnr_plugin import data as module
-from dnr_plugin.data import (
-    SHAPES,
-    FolderImages,
-    Images,
-    channel_statistics,
-    check_data,
-    crop,
-    cutout,
-    derive_seed,
-    draw_shapes,
-    flip,
-    load_data,
-)
+from dnr_plugin.data import torchvision_sets as module
+from dnr_plugin.data.augment import crop, cutout, flip
+from dnr_plugin.data.folder import FolderImages
+from dnr_plugin.data.images import Images, channel_statistics
+from dnr_plugin.data.registry import check_data, load_data
+from dnr_plugin.data.shapes import SHAPES, draw_shapes
 from dnr_plugin.errors import InputError
-from dnr_plugin.schema import DataOptions
+from dnr_plugin.recipe.sections import DataOptions
+from dnr_plugin.seeds import derive_seed
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 needs_cifar = pytest.mark.skipif(
@@ -327,7 +320,7 @@ def test_mnist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_mnist(tmp_path / "MNIST" / "raw", 40, 20)
     options = DataOptions(name="mnist", root=str(tmp_path), train_size=30)
     assert "(40 images and 40 labels instead of 60000)" in problem(load_data, options, 0)
-    monkeypatch.setitem(module._SIZES, "mnist", (40, 20))
+    monkeypatch.setitem(module.SIZES, "mnist", (40, 20))
     data = load_data(options, 0)
     assert (data.num_classes, data.in_channels, data.image_size) == (10, 1, 28)
     assert len(data.train) == 30 and len(data.test) == 20 and len(data.classes) == 10
@@ -357,7 +350,7 @@ def test_cifar_layout_with_made_up_files(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(kind, "train_list", [["train", sums["train"]]])
     monkeypatch.setattr(kind, "test_list", [["test", sums["test"]]])
     monkeypatch.setattr(kind, "meta", {**kind.meta, "md5": sums["meta"]})
-    monkeypatch.setitem(module._SIZES, "cifar100", (50, 10))
+    monkeypatch.setitem(module.SIZES, "cifar100", (50, 10))
     data = load_data(DataOptions(name="cifar100", root=str(tmp_path), train_size=20, test_size=10), 3)
     assert data.num_classes == 100 and data.classes[99] == "class 99" and data.image_size == 32
     rows = data.train.labels

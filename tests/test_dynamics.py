@@ -18,16 +18,18 @@ from helpers import Plain, images, make
 from ranks import run_two_ranks
 from torch import Tensor, nn
 
-from dnr_plugin import checkpoint
-from dnr_plugin.dynamics import Check, DyingNeuronDynamics, Timetable
+from dnr_plugin.dynamics.check import Check
+from dnr_plugin.dynamics.dynamics import DyingNeuronDynamics
+from dnr_plugin.dynamics.timetable import Timetable
 from dnr_plugin.errors import InputError
-from dnr_plugin.importance import DyingNeuronImportance
-from dnr_plugin.layers import Limits, prunable_layers
-from dnr_plugin.measure import flop_report
-from dnr_plugin.models import build_model
-from dnr_plugin.planning import KEPT_TARGETS, baseline, measure, reached
-from dnr_plugin.removal import prune_neurons
-from dnr_plugin.schema import ModelOptions
+from dnr_plugin.models.build import build_model
+from dnr_plugin.models.saved import build, describe
+from dnr_plugin.network.cost import flop_report
+from dnr_plugin.pruning.groups import Limits, prunable_layers
+from dnr_plugin.pruning.removal import prune_neurons
+from dnr_plugin.pruning.targets import KEPT_TARGETS, baseline, measure, reached
+from dnr_plugin.recipe.sections import ModelOptions
+from dnr_plugin.scoring.importance import DyingNeuronImportance
 
 BATCH = 16
 
@@ -733,14 +735,14 @@ def test_a_resumed_training_is_the_uninterrupted_one(name: str, cut: int) -> Non
         first = run(model, dynamics, optimizer, range(cut), size)
         state = saved({
             "model": model.state_dict(), "optimizer": optimizer.state_dict(), "dynamics": dynamics.state_dict(),
-            "architecture": checkpoint.describe(model),
+            "architecture": describe(model),
         })  # fmt: skip
         waiting = sum(int(history.candidates.sum()) for history in dynamics.histories.values())
         second = run(model, dynamics, optimizer, range(cut, steps), size)
     assert any(check.removed for check in first + second)
     assert waiting > 0 or cut == 13
 
-    again = checkpoint.build(state["architecture"])
+    again = build(state["architecture"])
     again.load_state_dict(state["model"])
     again, resumed, other = fresh(again, dense=baseline(dense_model(), images(1, size=size)))
     resumed.load_state_dict(state["optimizer"])

@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 import torch
 
-from dnr_plugin import export, load_pruned, plan_removal, prune_neurons, save_pruned
-from dnr_plugin.cli import main
+from dnr_plugin import load_pruned, plan_removal, prune_neurons, save_pruned
+from dnr_plugin.cli.main import main
 from dnr_plugin.errors import InputError, RunError
-from dnr_plugin.export import export_model
-from dnr_plugin.layers import Limits
-from dnr_plugin.models import build_model
-from dnr_plugin.schema import ModelOptions
+from dnr_plugin.models import export
+from dnr_plugin.models.build import build_model
+from dnr_plugin.models.export import export_model
+from dnr_plugin.pruning.groups import Limits
+from dnr_plugin.recipe.sections import ModelOptions
 
 
 @pytest.fixture(scope="module")

@@ -12,11 +12,11 @@ import torchvision
 from helpers import images, make
 from torch import Tensor, nn
 
-from dnr_plugin.flow import Calls, Site, trace_sites
-from dnr_plugin.graph import build_graph
-from dnr_plugin.models import build_model
-from dnr_plugin.removal import prune_neurons
-from dnr_plugin.schema import ModelOptions
+from dnr_plugin.models.build import build_model
+from dnr_plugin.network.dependencies import build_graph
+from dnr_plugin.network.flow import Calls, Site, trace_sites
+from dnr_plugin.pruning.removal import prune_neurons
+from dnr_plugin.recipe.sections import ModelOptions
 
 X = images(2)
 

@@ -15,13 +15,13 @@ from helpers import Residual, images, make
 from torch import Tensor, nn
 
 from dnr_plugin.errors import InputError
-from dnr_plugin.graph import (
+from dnr_plugin.network.calling import tensors
+from dnr_plugin.network.dependencies import (
     build_graph,
     channel_groups,
     inexact_reason,
     isomorphism_class,
     output_layers,
-    tensors,
     uses,
 )
 

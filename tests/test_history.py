@@ -11,7 +11,7 @@ import scipy.stats
 import torch
 from torch import Tensor
 
-from dnr_plugin.history import NeuronHistory
+from dnr_plugin.observation.history import NeuronHistory
 
 FIELDS = ("dead_checks", "dead_run", "deaths", "reactivations", "first_death")
 

@@ -16,9 +16,10 @@ from helpers import NETS, Grouped, Plain, images, make
 from test_activity import numpy_octave
 from torch import Tensor, nn
 
-from dnr_plugin.graph import build_graph
-from dnr_plugin.importance import DyingNeuronImportance
-from dnr_plugin.neurons import SCORES, weight_norms
+from dnr_plugin.network import kinds
+from dnr_plugin.network.dependencies import build_graph
+from dnr_plugin.scoring.importance import DyingNeuronImportance
+from dnr_plugin.scoring.scores import SCORES
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is left alone.*")
 
@@ -308,7 +309,7 @@ def kill(module: nn.Module, channels: list[int]) -> None:
 )
 def test_weight_norms_are_those_of_the_weights_that_read_a_channel(module: nn.Module) -> None:
     """Without looking at layouts: all weights that get a gradient when only this channel is not zero."""
-    found = weight_norms(module)
+    found = kinds.consumer(module).norms()
     attention = isinstance(module, nn.MultiheadAttention)
     weight = module.in_proj_weight if attention else module.weight
     shape = (6,) if isinstance(module, nn.Linear) else (6, *[5] * len(getattr(module, "kernel_size", "")))

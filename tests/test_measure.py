@@ -12,9 +12,10 @@ import torchvision
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from dnr_plugin import measure
-from dnr_plugin.inputs import one_sample
-from dnr_plugin.measure import channels, count_params, flop_report, latencies
+from dnr_plugin.network import cost
+from dnr_plugin.network.calling import one_sample
+from dnr_plugin.network.cost import count_params, flop_report, latencies
+from dnr_plugin.network.kinds import channels
 
 warnings.filterwarnings("ignore", category=FutureWarning)
 
@@ -233,7 +234,7 @@ def test_latencies_are_medians_and_restore_modes_after_an_error(monkeypatch: pyt
     """One slow round does not count; a model that fails leaves the others in their mode."""
     # one reading for the end, then before each round one for the deadline, one for its start and one for its stop
     ticks = iter([0.0] + [tick for length in (1.0, 3.0, 2.0, 1.0, 9.0) for tick in (0.0, 0.0, length)] + [0.0])
-    monkeypatch.setattr(measure.time, "perf_counter", lambda: next(ticks))
+    monkeypatch.setattr(cost.time, "perf_counter", lambda: next(ticks))
     assert latencies([nn.Linear(1, 1)], torch.ones(1, 1), seconds=-1.0, warmup=0) == [2.0]
     monkeypatch.undo()
 

@@ -17,8 +17,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from dnr_plugin.errors import InputError
-from dnr_plugin.models import build_model, check_model, load_checkpoint, model_names, rebuild
-from dnr_plugin.schema import ModelOptions
+from dnr_plugin.models.build import build_model, rebuild
+from dnr_plugin.models.options import check_model, model_names
+from dnr_plugin.models.state_dicts import load_checkpoint
+from dnr_plugin.recipe.sections import ModelOptions
 
 ACTIVATIONS = {"relu": nn.ReLU, "leaky_relu": nn.LeakyReLU, "silu": nn.SiLU, "gelu": nn.GELU}
 

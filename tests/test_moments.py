@@ -11,12 +11,12 @@ import torch
 from helpers import images, make
 from torch import nn
 
-from dnr_plugin import observe
-from dnr_plugin.graph import build_graph
-from dnr_plugin.importance import DyingNeuronImportance
-from dnr_plugin.moments import MAX_FEATURES, MAX_PATCH, Moments, features_of
-from dnr_plugin.observe import Observer
-from dnr_plugin.patches import output_size, patches
+from dnr_plugin.network.dependencies import build_graph
+from dnr_plugin.network.kinds import consumer
+from dnr_plugin.observation import observer
+from dnr_plugin.observation.moments import MAX_FEATURES, MAX_PATCH, Moments
+from dnr_plugin.observation.observer import Observer
+from dnr_plugin.scoring.importance import DyingNeuronImportance
 
 ROUNDING = {"rtol": 1e-5, "atol": 1e-4}  # of sums of float32 products in another order
 SHAPES: dict[str, Any] = {
@@ -41,7 +41,7 @@ def rows_of(module: nn.Module, a: torch.Tensor) -> np.ndarray:
     """Everything that the layer reads, by positions of its outputs or its inputs."""
     if isinstance(module, nn.Conv2d) and module.kernel_size != (1, 1):
         a = a if a.dim() == 4 else a[None]
-        return patches(module, a, torch.arange(int(np.prod(output_size(module, a))))).double().numpy()
+        return consumer(module).rows(a, torch.arange(int(np.prod(consumer(module).output_size(a))))).double().numpy()
     found = a.movedim(1, -1) if isinstance(module, nn.Conv2d | nn.ConvTranspose2d) else a
     return found.reshape(-1, 3).double().numpy()
 
@@ -50,7 +50,7 @@ def rows_of(module: nn.Module, a: torch.Tensor) -> np.ndarray:
 def test_moments_equal_numpy(name: str) -> None:
     """Of all positions where these are few; batches go into two halves in turn."""
     module, shape = SHAPES[name]
-    moments = Moments(3, features_of(module, 3))
+    moments = Moments(3, consumer(module).features(MAX_PATCH))
     generator = torch.Generator().manual_seed(0)
     batches = [torch.randn(shape, generator=generator) + 0.5 for _ in range(3)]
     for a in batches:
@@ -153,13 +153,13 @@ def test_observers_gather_moments_only_where_asked_and_affordable() -> None:
     with torch.no_grad(), observer:
         wide(torch.randn(4, 2))
     assert {name: a.moments is not None for name, a in observer.activities.items()} == {"0": True, "2": False}
-    assert features_of(nn.Conv2d(128, 2, 3), MAX_PATCH // 9) == 9
-    assert features_of(nn.Conv2d(129, 2, 3), MAX_PATCH // 9 + 1) == 1
-    assert features_of(nn.ConvTranspose2d(3, 2, 3), 3) == 1
+    assert consumer(nn.Conv2d(MAX_PATCH // 9, 2, 3)).features(MAX_PATCH) == 9
+    assert consumer(nn.Conv2d(MAX_PATCH // 9 + 1, 2, 3)).features(MAX_PATCH) == 1
+    assert consumer(nn.ConvTranspose2d(3, 2, 3)).features(MAX_PATCH) == 1
 
 
 def test_too_wide_layers_are_scored_and_named_by_repair(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(observe, "MAX_FEATURES", 10)
+    monkeypatch.setattr(observer, "MAX_FEATURES", 10)
     model = nn.Sequential(nn.Linear(3, 6), nn.ReLU(), nn.Linear(6, 11), nn.ReLU(), nn.Linear(11, 2))
     importance, x = DyingNeuronImportance("redundancy", share=1.0), torch.randn(8, 3)
     with torch.no_grad(), importance.observe(model):

@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from helpers import images, make
 from torch import Tensor, nn
 
-from dnr_plugin.activity import octaves
-from dnr_plugin.graph import build_graph
-from dnr_plugin.importance import DyingNeuronImportance
-from dnr_plugin.neurons import histograms
+from dnr_plugin.network.dependencies import build_graph
+from dnr_plugin.observation.entropy import octaves
+from dnr_plugin.scoring.evidence import histograms
+from dnr_plugin.scoring.importance import DyingNeuronImportance
 
 BINS = 6
 

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-import dnr_plugin.observe
-from dnr_plugin.activity import Activity
-from dnr_plugin.observe import Observer, is_consumer
-from dnr_plugin.zeroing import SoftZeros
+from dnr_plugin.dynamics.zeroing import SoftZeros
+from dnr_plugin.network.kinds import is_consumer
+from dnr_plugin.observation.activity import Activity
+from dnr_plugin.observation.observer import Observer
 
 
 def hooks(model: nn.Module) -> int:
@@ -307,7 +307,7 @@ def test_one_tensor_is_read_once_unless_it_changes(
     """Branches share one computation; an in-place change between them is seen, without version counters too."""
     counted = []
     original = Activity.of_batch
-    monkeypatch.setattr(dnr_plugin.observe.Activity, "of_batch", lambda self, a: counted.append(1) or original(self, a))
+    monkeypatch.setattr(Activity, "of_batch", lambda self, a: counted.append(1) or original(self, a))
     torch.manual_seed(0)
     model, x = Branches(between), images()
     with mode(), Observer(model, share=1.0) as observer:

@@ -10,13 +10,13 @@ import torch.nn.functional as F
 from helpers import images
 from torch import Tensor, nn
 
-from dnr_plugin.affine import Affine
-from dnr_plugin.graph import eval_outputs
-from dnr_plugin.models import build_model
-from dnr_plugin.pairs import _conjugate_gradients
-from dnr_plugin.removal import prune_neurons
-from dnr_plugin.repair import LayerRepair, repair_network
-from dnr_plugin.schema import ModelOptions
+from dnr_plugin.models.build import build_model
+from dnr_plugin.network.calling import eval_outputs
+from dnr_plugin.pruning.removal import prune_neurons
+from dnr_plugin.recipe.sections import ModelOptions
+from dnr_plugin.repair.layer import Affine, LayerRepair
+from dnr_plugin.repair.network import repair_network
+from dnr_plugin.repair.pair import _conjugate_gradients
 
 
 class Two(nn.Module):

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dnr_plugin.patches import channels_second, output_size, patches, taps
+from dnr_plugin.network.kinds import consumer, kind_of
 
 CONVOLUTIONS: dict[str, Any] = {
     "plain": (nn.Conv2d, {"kernel_size": 3}),
@@ -46,10 +46,10 @@ def test_weights_times_patches_are_the_outputs(name: str) -> None:
     """At all positions in an order of its own, for each group of channels."""
     module, a = example(name)
     expected = module(a)
-    assert output_size(module, a) == list(expected.shape[2:])
+    assert kind_of(module).output_size(a) == list(expected.shape[2:])
     where = torch.randperm(math.prod(expected.shape[2:]), generator=torch.Generator().manual_seed(1))
-    found = patches(module, a, where)
-    assert found.shape == (3 * len(where), 4 * taps(module))
+    found = consumer(module).rows(a, where)
+    assert found.shape == (3 * len(where), 4 * consumer(module).taps)
     products = [
         x @ w.T
         for x, w in zip(found.chunk(module.groups, 1), module.weight.flatten(1).chunk(module.groups), strict=True)
@@ -62,7 +62,7 @@ def test_weights_times_patches_are_the_outputs(name: str) -> None:
 def test_patches_are_those_of_unfold(name: str) -> None:
     module, a = example(name)
     unfolded = F.unfold(a, module.kernel_size, module.dilation, module.padding, module.stride)
-    found = patches(module, a, torch.arange(unfolded.shape[2]))
+    found = consumer(module).rows(a, torch.arange(unfolded.shape[2]))
     assert torch.equal(found, unfolded.transpose(1, 2).flatten(0, 1))
 
 
@@ -72,24 +72,24 @@ def test_patches_are_those_of_a_loop(name: str) -> None:
     module, a = example(name)
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
     padded = F.pad(a, module._reversed_padding_repeated_twice, mode)
-    sizes = output_size(module, a)
+    sizes = kind_of(module).output_size(a)
     place = math.prod(sizes) * 2 // 3
     index = torch.tensor([place]) if len(sizes) == 1 else torch.stack(torch.unravel_index(torch.tensor(place), sizes))
     expected = []
     for sample in range(len(a)):
         for channel in range(4):
-            for tap in range(taps(module)):
+            for tap in range(consumer(module).taps):
                 at = torch.stack(torch.unravel_index(torch.tensor(tap), module.kernel_size)).flatten()
                 there = index * torch.tensor(module.stride) + at * torch.tensor(module.dilation)
                 expected.append(padded[(sample, channel, *there.tolist())])
-    assert torch.equal(patches(module, a, torch.tensor([place])), torch.stack(expected).view(3, -1))
+    assert torch.equal(consumer(module).rows(a, torch.tensor([place])), torch.stack(expected).view(3, -1))
 
 
 @pytest.mark.parametrize(
     ("module", "taps_of"), [(nn.Conv1d(2, 2, 5), 5), (nn.Conv3d(2, 2, (1, 2, 3)), 6), (nn.Linear(2, 2), 1)], ids=str
 )
 def test_taps(module: nn.Module, taps_of: int) -> None:
-    assert taps(module) == taps_of
+    assert consumer(module).taps == taps_of
 
 
 @pytest.mark.parametrize(
@@ -105,4 +105,4 @@ def test_taps(module: nn.Module, taps_of: int) -> None:
     ids=str,
 )
 def test_channels_come_second(module: nn.Module, shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
-    assert channels_second(module, torch.randn(shape)).shape == expected
+    assert consumer(module).by_channel(torch.randn(shape)).shape == expected

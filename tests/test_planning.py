@@ -16,14 +16,16 @@ import torch_pruning as tp
 from every_group import HIDDEN, SIZES, Net, X, chain, conv, images, lively, plant
 from torch import Tensor, nn
 
-from dnr_plugin import planning
 from dnr_plugin.errors import InputError, TargetError
-from dnr_plugin.graph import build_graph, kept_modes
-from dnr_plugin.importance import DyingNeuronImportance
-from dnr_plugin.layers import Limits
-from dnr_plugin.measure import count_params, flop_report
-from dnr_plugin.planning import TARGETS, Plan, baseline, check_target, plan_removal, reachable
-from dnr_plugin.removal import output_difference, prune_neurons
+from dnr_plugin.network.calling import kept_modes, output_difference
+from dnr_plugin.network.cost import count_params, flop_report
+from dnr_plugin.network.dependencies import build_graph
+from dnr_plugin.pruning import plan as planning
+from dnr_plugin.pruning.groups import Limits
+from dnr_plugin.pruning.plan import Plan, check_target, plan_removal, reachable
+from dnr_plugin.pruning.removal import prune_neurons
+from dnr_plugin.pruning.targets import TARGETS, baseline
+from dnr_plugin.scoring.importance import DyingNeuronImportance
 
 
 @pytest.fixture(autouse=True)

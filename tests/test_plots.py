@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from made_up import LAYERS, check_events, epoch_events, report_of
 
-from dnr_plugin import page, plots
-from dnr_plugin.recipe import load_recipe
-from dnr_plugin.report import facts, markdown, summary_rows, write_report
-from dnr_plugin.run import run_recipe
+from dnr_plugin.recipe.load import load_recipe
+from dnr_plugin.reports import html as page
+from dnr_plugin.reports.figures import run as plots
+from dnr_plugin.reports.run_report import facts, markdown, summary_rows, write_report
+from dnr_plugin.runs.run import run_recipe
 
 RECIPE = {"name": "made-up"}
 
@@ -44,7 +45,7 @@ def test_each_kind_of_run_has_its_plots() -> None:
     epochs = epoch_events()
     assert list(plots.run_figures(report_of(RECIPE, epochs), epochs)) == ["channels", "accuracy"]
     assert list(plots.run_figures(report_of(RECIPE, []), [])) == ["channels"]
-    assert set(plots.run_figures(report, events)) == set(plots.CAPTIONS)
+    assert set(plots.run_figures(report, events)) == set(plots.RUN_CAPTIONS)
 
 
 def test_neurons_are_the_sums_over_the_layers() -> None:
@@ -195,7 +196,7 @@ def test_a_real_run_is_drawn(tiny: Path, tmp_path: Path, mode: str) -> None:
     target = ", target: {flops: 0.7}, dynamics: {warmup_epochs: 0, patience: 0}" if mode == "dynamic" else ""
     short = ["train.epochs=2", "finetune.epochs=0", "data.train_size=96"]
     report = run_recipe(load_recipe(tiny, [*short, f"prune={{mode: {mode}, {observe}{target}}}"]), tmp_path / "run")
-    assert {path.stem for path in (tmp_path / "run" / "plots").iterdir()} == set(plots.CAPTIONS)
+    assert {path.stem for path in (tmp_path / "run" / "plots").iterdir()} == set(plots.RUN_CAPTIONS)
     events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
     real, made_up = (next(e for e in found if e["event"] == "check") for found in (events, check_events()))
     assert set(made_up) <= set(real)
@@ -220,11 +221,11 @@ def test_the_page_holds_every_plot_with_its_caption(tmp_path: Path) -> None:
     report, events = _run(epochs=4)
     write_report(tmp_path, report, events)
     files = {path.stem: path for path in (tmp_path / "plots").iterdir()}
-    assert set(files) == set(plots.CAPTIONS)
+    assert set(files) == set(plots.RUN_CAPTIONS)
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in files.values())
     text = (tmp_path / "report.html").read_text()
     assert text.count("data:image/png;base64,") == len(files)
     assert "http" not in text
-    assert all(page.html.escape(caption) in text for caption in plots.CAPTIONS.values())
+    assert all(page.html.escape(caption) in text for caption in plots.RUN_CAPTIONS.values())
     assert "candidates were restored" in text
     assert json.loads((tmp_path / "report.json").read_text()) == report

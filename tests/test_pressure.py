@@ -11,13 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dnr_plugin.cli import main
-from dnr_plugin.data import Data, derive_seed, load_data
+from dnr_plugin.cli.main import main
+from dnr_plugin.data.images import Data
+from dnr_plugin.data.registry import load_data
 from dnr_plugin.errors import InputError
-from dnr_plugin.pressure import add_l1, add_noise, batchnorm_scales, scheduled
-from dnr_plugin.recipe import load_recipe
-from dnr_plugin.schema import DataOptions, TrainOptions
-from dnr_plugin.train import Trainer, lr_factor
+from dnr_plugin.recipe.load import load_recipe
+from dnr_plugin.recipe.sections import DataOptions, TrainOptions
+from dnr_plugin.seeds import derive_seed
+from dnr_plugin.training.pressure import add_l1, add_noise, batchnorm_scales
+from dnr_plugin.training.schedules import lr_factor, scheduled
+from dnr_plugin.training.trainer import Trainer
 
 SCHEDULES = ("constant", "linear", "cosine", "one_cycle")
 
@@ -339,6 +342,6 @@ def test_a_model_without_batchnorm_scales_is_refused(
 
 @pytest.mark.parametrize("pressure", ["noise.std=0.1", "weight_decay_schedule=linear"])
 def test_other_pressure_needs_no_batchnorm(tiny: Path, pressure: str) -> None:
-    from dnr_plugin.checks import check_recipe
+    from dnr_plugin.runs.checks import check_recipe
 
     check_recipe(load_recipe(tiny, ["model={name: mlp, hidden: [16]}", f"train.pressure.{pressure}"]))

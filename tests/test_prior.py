@@ -14,13 +14,13 @@ from runs import Killed, assert_same, lasting, stopping_after
 from torch import nn
 
 from dnr_plugin.errors import InputError
-from dnr_plugin.graph import build_graph
-from dnr_plugin.history import NeuronHistory
-from dnr_plugin.importance import DyingNeuronImportance
-from dnr_plugin.planning import plan_removal
-from dnr_plugin.recipe import load_recipe
-from dnr_plugin.removal import prune_neurons
-from dnr_plugin.run import _Run, run_recipe
+from dnr_plugin.network.dependencies import build_graph
+from dnr_plugin.observation.history import NeuronHistory
+from dnr_plugin.pruning.plan import plan_removal
+from dnr_plugin.pruning.removal import prune_neurons
+from dnr_plugin.recipe.load import load_recipe
+from dnr_plugin.runs.run import _Run, run_recipe
+from dnr_plugin.scoring.importance import DyingNeuronImportance
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is left alone.*")
 

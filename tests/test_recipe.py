@@ -10,8 +10,10 @@ import pytest
 import yaml
 
 from dnr_plugin.errors import InputError
-from dnr_plugin.recipe import differing_fields, load_recipe, option_reference, write_recipe
-from dnr_plugin.schema import Recipe
+from dnr_plugin.recipe.difference import differing_fields
+from dnr_plugin.recipe.load import load_recipe, write_recipe
+from dnr_plugin.recipe.schema import Recipe
+from dnr_plugin.recipe.schema_wording import option_reference
 
 GOOD = """\
 name: small

@@ -12,9 +12,9 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from dnr_plugin.cli import main
-from dnr_plugin.recipe import load_recipe, shipped_recipes
-from dnr_plugin.schema import Recipe
+from dnr_plugin.cli.main import main
+from dnr_plugin.recipe.load import load_recipe, shipped_recipes
+from dnr_plugin.recipe.schema import Recipe
 
 pytestmark = pytest.mark.usefixtures("read_once")
 SHIPPED = shipped_recipes()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from dnr_plugin.redundancy import Reader, damages, reproduce
+from dnr_plugin.scoring.brain_surgeon import Reader, damages, reproduce
 
 
 def lost(x: np.ndarray, w: np.ndarray, gone: list[int]) -> float:

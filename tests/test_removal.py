@@ -13,11 +13,13 @@ import torchvision
 from every_group import HIDDEN, SIZES, Net, X, chain, conv, images, lively, plant
 from torch import Tensor, nn
 
-from dnr_plugin.batchnorm import recalibrate_batchnorm
 from dnr_plugin.errors import InputError
-from dnr_plugin.measure import count_params
-from dnr_plugin.planning import plan_removal
-from dnr_plugin.removal import output_difference, prune_neurons, remove_dead_neurons
+from dnr_plugin.network.batchnorm import recalibrate_batchnorm
+from dnr_plugin.network.calling import output_difference
+from dnr_plugin.network.cost import count_params
+from dnr_plugin.pruning.dead_neurons import remove_dead_neurons
+from dnr_plugin.pruning.plan import plan_removal
+from dnr_plugin.pruning.removal import prune_neurons
 
 
 @pytest.fixture(autouse=True)

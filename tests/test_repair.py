@@ -13,18 +13,21 @@ import torch_pruning as tp
 from helpers import Dense, Grouped, Mobile, Residual, images, make, rounding
 from torch import Tensor, nn
 
-from dnr_plugin import moments
-from dnr_plugin import redundancy as brain_surgeon
-from dnr_plugin import repair as repair_module
-from dnr_plugin.batchnorm import recalibrate_batchnorm
 from dnr_plugin.errors import InputError, RunError
-from dnr_plugin.graph import build_graph, eval_outputs
-from dnr_plugin.importance import DyingNeuronImportance
-from dnr_plugin.models import build_model
-from dnr_plugin.planning import plan_removal
-from dnr_plugin.removal import prune_neurons
-from dnr_plugin.repair import LayerRepair, Reference, kept_channels, repair_network, repair_towards
-from dnr_plugin.schema import ModelOptions
+from dnr_plugin.models.build import build_model
+from dnr_plugin.network.batchnorm import recalibrate_batchnorm
+from dnr_plugin.network.calling import eval_outputs
+from dnr_plugin.network.dependencies import build_graph
+from dnr_plugin.observation import moments
+from dnr_plugin.pruning.plan import plan_removal
+from dnr_plugin.pruning.removal import prune_neurons
+from dnr_plugin.recipe.sections import ModelOptions
+from dnr_plugin.repair import network as repair_module
+from dnr_plugin.repair.layer import LayerRepair
+from dnr_plugin.repair.network import kept_channels, repair_network, repair_towards
+from dnr_plugin.repair.reference import Reference
+from dnr_plugin.scoring import brain_surgeon
+from dnr_plugin.scoring.importance import DyingNeuronImportance
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is left alone.*")
 
@@ -182,10 +185,10 @@ def observed(model: nn.Module, data: Callable[[int, int], Tensor], **settings: A
 def unrecovered(mix: Mix) -> float:
     r"""What damping may leave of combinations that the other neurons carry, relative to the outputs.
 
-    With damping :math:`\lambda` (of the mean variance) a ridge regression misses :math:`\lambda / (\sigma + \lambda)` of
-    each direction of variance :math:`\sigma`, so that its error is at most
-    :math:`\max_\sigma \sqrt\sigma \lambda / (\sigma + \lambda) = \sqrt\lambda / 2` for a coefficient of one, however the
-    inputs are conditioned. The moments' rounding is part of :math:`\lambda`, which is chosen to exceed it.
+    With damping :math:`\lambda` (of the mean variance) a ridge regression misses :math:`\lambda / (\sigma + \lambda)`
+    of each direction of variance :math:`\sigma`, so that its error is at most
+    :math:`\max_\sigma \sqrt\sigma \lambda / (\sigma + \lambda) = \sqrt\lambda / 2` for a coefficient of one, however
+    the inputs are conditioned. The moments' rounding is part of :math:`\lambda`, which is chosen to exceed it.
     """
     weights = [share for others in mix.values() for share in others.values()]
     damping = moments._ROUNDING + min(brain_surgeon._DAMPINGS)

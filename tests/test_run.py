@@ -17,15 +17,16 @@ import pytest
 import torch
 from runs import Killed, assert_same, events_of, lasting, stopping_after
 
-from dnr_plugin import checks, load_pruned, run
+from dnr_plugin import load_pruned
 from dnr_plugin.errors import InputError
-from dnr_plugin.measure import flop_report
-from dnr_plugin.plots import CAPTIONS
-from dnr_plugin.recipe import load_recipe
-from dnr_plugin.removal import prune_neurons
-from dnr_plugin.repair import repair_network
-from dnr_plugin.report import facts
-from dnr_plugin.run import run_recipe
+from dnr_plugin.network.cost import flop_report
+from dnr_plugin.pruning.removal import prune_neurons
+from dnr_plugin.recipe.load import load_recipe
+from dnr_plugin.repair.network import repair_network
+from dnr_plugin.reports.figures.run import RUN_CAPTIONS as CAPTIONS
+from dnr_plugin.reports.run_report import facts
+from dnr_plugin.runs import run, run_folder
+from dnr_plugin.runs.run import run_recipe
 
 CONTRACT = {
     "": {"name", "seed", "recipe", "device", "versions", "seconds", "dense", "pruned", "sparsity", "kept", "target",
@@ -109,6 +110,7 @@ def test_each_target_runs_to_the_end(tiny: Path, tmp_path: Path, overrides: list
     assert report["pruned"]["accuracy"] == report["pruned"]["accuracy_before_finetune"]
 
 
+@pytest.mark.longest
 def test_a_run_stopped_anywhere_and_resumed_is_the_same_run(tiny: Path, tmp_path: Path) -> None:
     """In the first step, the second epoch, the dense evaluation, right after the removal, and while fine-tuning."""
     recipe = load_recipe(tiny)
@@ -177,6 +179,7 @@ PRESSURE = """{epochs: 2, batch_size: 32, lr: 0.05, clip_norm: 1.0, pressure: {w
     bn_l1: {strength: 0.01}, noise: {std: 0.001, schedule: cosine, when: %s}}}"""
 
 
+@pytest.mark.longest
 def test_a_run_under_pressure_stopped_and_resumed_is_the_same_run(tiny: Path, tmp_path: Path) -> None:
     """In the second epoch of training and of fine-tuning; noise on either side of clipping."""
     pressure = [f"train={PRESSURE % 'before_clipping'}", f"finetune={PRESSURE % 'after_clipping'}"]
@@ -191,6 +194,7 @@ def test_a_run_under_pressure_stopped_and_resumed_is_the_same_run(tiny: Path, tm
         assert_same(lasting(folder), expected, calls)
 
 
+@pytest.mark.longest
 def test_a_run_killed_for_real_loses_nothing(tiny: Path, tmp_path: Path) -> None:
     """SIGKILL in the middle of fine-tuning, then --resume from the command line."""
     common = [sys.executable, "-m", "dnr_plugin", "run", str(tiny), "--device", "cpu", "--output"]
@@ -253,12 +257,13 @@ def test_a_folder_that_cannot_be_written_is_refused(
 
 
 def test_a_disk_that_is_full_is_refused(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checks.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 2**20})())
+    monkeypatch.setattr(run_folder.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 2**20})())
     with pytest.raises(InputError, match=r"expected \d+ MiB free for .*, found 1 MiB"):
         run_recipe(load_recipe(tiny), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.longest
 def test_a_disk_that_fills_up_ends_the_run_in_one_line_and_loses_nothing(tiny: Path, tmp_path: Path) -> None:
     """A limit on the size of files stands in for the disk; lifted, the run goes on."""
     folder = tmp_path / "run"
@@ -282,8 +287,8 @@ def test_a_target_missed_is_saved_and_told(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What only shows at the step itself: here every layer but one turns out to have no observed consumer."""
-    from dnr_plugin.cli import main
-    from dnr_plugin.importance import DyingNeuronImportance
+    from dnr_plugin.cli.main import main
+    from dnr_plugin.scoring.importance import DyingNeuronImportance
 
     whole = DyingNeuronImportance.evidence
 
@@ -310,7 +315,7 @@ def test_a_target_missed_is_saved_and_told(
 def test_a_loss_that_turns_nan_stops_the_run_and_keeps_the_last_checkpoint(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from dnr_plugin.cli import main
+    from dnr_plugin.cli.main import main
 
     command = ["run", str(tiny), "--output", str(tmp_path / "run"), "--set", "finetune.lr=1e30"]
     assert main([*command, "--set", "finetune.schedule=constant"]) == 1
@@ -344,8 +349,8 @@ def test_an_image_that_cannot_be_read_underway_is_a_failure_not_bad_input(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Exit code 2 promises that nothing was written."""
-    from dnr_plugin.cli import main
-    from dnr_plugin.train import Trainer
+    from dnr_plugin.cli.main import main
+    from dnr_plugin.training.trainer import Trainer
 
     def unreadable(*_: Any) -> None:
         raise InputError("data.root: expected an image, found rubbish")
@@ -358,7 +363,7 @@ def test_an_image_that_cannot_be_read_underway_is_a_failure_not_bad_input(
 @pytest.mark.slow
 def test_cifar10_from_the_recipe_reaches_half_the_flops(cifar10: Path, tmp_path: Path) -> None:
     """The shipped recipe, small: learns something and loses little by the removal."""
-    from dnr_plugin.recipe import shipped_recipes
+    from dnr_plugin.recipe.load import shipped_recipes
 
     small = ["model.width=8", "data.train_size=5000", "data.test_size=1000", "train.epochs=4", "finetune.epochs=3"]
     overrides = [f"data.root={cifar10}", "train.amp=false", "finetune.amp=false", *small]

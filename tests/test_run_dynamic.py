@@ -16,12 +16,13 @@ import pytest
 import torch
 from runs import Killed, assert_same, events_of, lasting, stopping_after
 
-from dnr_plugin.checkpoint import load_pruned
 from dnr_plugin.errors import InputError
-from dnr_plugin.observe import Observer
-from dnr_plugin.recipe import load_recipe
-from dnr_plugin.run import plan_recipe, run_recipe, train_dense
-from dnr_plugin.schema import Recipe
+from dnr_plugin.models.saved import load_pruned
+from dnr_plugin.observation.observer import Observer
+from dnr_plugin.recipe.load import load_recipe
+from dnr_plugin.recipe.schema import Recipe
+from dnr_plugin.runs.preview import plan_recipe
+from dnr_plugin.runs.run import run_recipe, train_dense
 
 # 6 steps an epoch, a check every third: candidates from the second check on, removal ends with epoch 3
 DYNAMIC = [
@@ -120,6 +121,7 @@ def _same_but_for_timings(found: Any, expected: Any, calls: int) -> None:
     assert_same(found, expected, calls)
 
 
+@pytest.mark.longest
 @pytest.mark.parametrize("noise", ["all", "live"])
 def test_a_dynamic_run_stopped_anywhere_and_resumed_is_the_same_run(tiny: Path, tmp_path: Path, noise: str) -> None:
     """While candidates wait, after the first removal, inside an observation, in the last epoch and in fine-tuning."""
@@ -177,7 +179,7 @@ def test_a_run_that_never_sees_enough_says_so(tiny: Path, tmp_path: Path, monkey
 def test_a_dynamic_run_killed_at_ten_random_moments_ends_the_same_ten_times(tiny: Path, tmp_path: Path) -> None:
     """SIGKILL, wherever it strikes: while importing, training, checking, removing or writing."""
     file = tmp_path / "dynamic.yaml"
-    from dnr_plugin.recipe import write_recipe
+    from dnr_plugin.recipe.load import write_recipe
 
     write_recipe(dynamic(tiny), file)
     command = [sys.executable, "-m", "dnr_plugin", "run", str(file), "--device", "cpu", "--output"]
@@ -204,7 +206,7 @@ def test_when_everything_dies_removal_stops_and_the_model_stays_usable(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Steps so long that every ReLU of the last hidden layer ends below zero for all images."""
-    from dnr_plugin.cli import main
+    from dnr_plugin.cli.main import main
 
     deadly = [
         "model={name: mlp, hidden: [16, 16]}",
@@ -228,7 +230,7 @@ def test_when_everything_dies_removal_stops_and_the_model_stays_usable(
 def test_a_loss_that_turns_nan_while_watching_names_the_step(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from dnr_plugin.cli import main
+    from dnr_plugin.cli.main import main
 
     arguments = [part for override in (*DYNAMIC, "train.lr=1e20") for part in ("--set", override)]
     assert main(["run", str(tiny), "--output", str(tmp_path / "run"), *arguments]) == 1

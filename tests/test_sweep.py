@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 from runs import Killed, assert_same, lasting
 
-from dnr_plugin import run, sweep
-from dnr_plugin.cli import main
-from dnr_plugin.compare import compare_runs
+from dnr_plugin.cli.main import main
 from dnr_plugin.errors import InputError, RunError
-from dnr_plugin.recipe import load_recipe
-from dnr_plugin.run import run_recipe
-from dnr_plugin.sweep import Outcome, combine, run_sweep
+from dnr_plugin.recipe.load import load_recipe
+from dnr_plugin.reports.comparison import compare_runs
+from dnr_plugin.runs import combinations, run, sweep
+from dnr_plugin.runs.combinations import combine
+from dnr_plugin.runs.run import run_recipe
+from dnr_plugin.runs.sweep import Outcome, run_sweep
 
 FLOPS = "prune.target.flops=0.5,0.7"
 SMALL = ["model.width=4", "train.epochs=1", "finetune.epochs=1", "prune.recalibrate=64"]
@@ -56,6 +57,7 @@ def _listing(shown: list[str]) -> run.Track:
     return track
 
 
+@pytest.mark.longest
 def test_runs_that_share_their_training_end_as_they_would_alone(tiny: Path, tmp_path: Path) -> None:
     shown: list[str] = []
     said: list[str] = []
@@ -74,6 +76,7 @@ def test_runs_that_share_their_training_end_as_they_would_alone(tiny: Path, tmp_
         _assert_alone(folder / name, tiny, tmp_path / name, *SMALL, f"seed={seed}", f"prune.target.flops={flops}")
 
 
+@pytest.mark.longest
 def test_a_sweep_killed_in_training_and_in_its_second_run_goes_on(tiny: Path, tmp_path: Path) -> None:
     folder = tmp_path / "sweep"
     noise = ["model.width=4", "train.pressure.noise={std: 0.001}"]
@@ -193,19 +196,19 @@ def test_values_of_every_kind_become_overrides(tiny: Path) -> None:
     ],
 )  # fmt: skip
 def test_folders_are_named_by_their_values(tiny: Path, tmp_path: Path, vary: list[str], expected: list[str]) -> None:
-    runs = sweep._placed(combine(tiny, [], vary), [], tmp_path)
+    runs = combinations.placed_runs(combine(tiny, [], vary), [], tmp_path)
     assert [planned.folder for planned in runs][: len(expected)] == expected
     assert len({planned.folder.casefold() for planned in runs}) == len(runs)
 
 
 def test_only_recipes_that_train_alike_share(tiny: Path, tmp_path: Path) -> None:
     vary = ["train.lr=0.05,0.1", "finetune.epochs=1,2", "name=a,b"]
-    runs = sweep._placed(combine(tiny, [], vary), [], tmp_path)
+    runs = combinations.placed_runs(combine(tiny, [], vary), [], tmp_path)
     assert [planned.dense for planned in runs] == ["dense-1"] * 4 + ["dense-2"] * 4
-    runs = sweep._placed(combine(tiny, ["train.epochs=0"], [FLOPS]), [], tmp_path)
+    runs = combinations.placed_runs(combine(tiny, ["train.epochs=0"], [FLOPS]), [], tmp_path)
     assert [planned.dense for planned in runs] == [None, None]
     target = ["prune={mode: dynamic, target: {flops: 0.5}},{target: {flops: 0.5}}"]
-    runs = sweep._placed(combine(tiny, [], target), [], tmp_path)
+    runs = combinations.placed_runs(combine(tiny, [], target), [], tmp_path)
     assert [planned.dense for planned in runs] == [None, "dense-1"]
 
 
@@ -306,7 +309,7 @@ def test_targets_missed_and_failures_decide_the_exit_code(
             return {"target": {"reached": found, "achieved": 0.6}}
 
         monkeypatch.setattr(sweep, "run_recipe", fake)
-        monkeypatch.setattr(sweep, "_training", lambda recipe: None)
+        monkeypatch.setattr(combinations, "_training", lambda recipe: None)
         arguments = ["--set", SHORT[0], "--vary", "seed=0,1,2", "--output", str(tmp_path / name)]
         return main(["sweep", str(tiny), *arguments]), capsys.readouterr().err
 

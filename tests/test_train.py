@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from dnr_plugin.data import load_data
-from dnr_plugin.schema import DataOptions, TrainOptions
-from dnr_plugin.train import DivergedError, Trainer, evaluate, lr_factor
+from dnr_plugin.data.registry import load_data
+from dnr_plugin.recipe.sections import DataOptions, TrainOptions
+from dnr_plugin.training.evaluation import evaluate
+from dnr_plugin.training.schedules import lr_factor
+from dnr_plugin.training.trainer import DivergedError, Trainer
 
 
 def _options(**kwargs: object) -> TrainOptions:

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from helpers import images, make
 from torch import Tensor, nn
 
-from dnr_plugin.observe import input_channels
-from dnr_plugin.zeroing import SoftZeros
+from dnr_plugin.dynamics.zeroing import SoftZeros
+from dnr_plugin.network.kinds import consumer
 
 
 def hooks(model: nn.Module) -> int:
@@ -22,7 +22,7 @@ def hooks(model: nn.Module) -> int:
 
 
 def some(module: nn.Module, *channels: int) -> Tensor:
-    return torch.isin(torch.arange(input_channels(module)), torch.tensor(channels))
+    return torch.isin(torch.arange(consumer(module).channels[0]), torch.tensor(channels))
 
 
 def ignoring(module: nn.Module, gone: Tensor) -> nn.Module:

@@ -1,0 +1,114 @@
+"""What the cells of a benchmark share: a trained network, the images, and what can be done to a pruned copy."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from dnr_plugin.benchmarks.criteria.contenders import Calibration
+from dnr_plugin.data.images import ImageSource
+from dnr_plugin.network.batchnorm import recalibrate_batchnorm
+from dnr_plugin.pruning.groups import Limits
+from dnr_plugin.pruning.targets import Baseline
+from dnr_plugin.recipe.schema import Recipe
+from dnr_plugin.repair.network import repair_towards
+from dnr_plugin.repair.reference import Reference
+from dnr_plugin.runs.run import Track, train_dense
+from dnr_plugin.seeds import derive_seed
+from dnr_plugin.training.evaluation import evaluate
+from dnr_plugin.training.trainer import Trainer
+
+_RECALIBRATED = 2048  # images for BatchNorm where the recipe leaves their number open
+
+
+def recalibration_images(recipe: Recipe) -> int:
+    """Images for BatchNorm, whether the recipe's own run repairs or not."""
+    wanted: int | None = recipe.prune.recalibrate
+    return _RECALIBRATED if wanted is None else wanted
+
+
+def seeded(recipe: Recipe, seed: int) -> Recipe:
+    """The recipe of a seed's dense network."""
+    # name and description take no part, and could differ when the benchmark is resumed
+    update = {"name": f"dense-seed-{seed}", "description": "a dense network of a benchmark", "seed": seed}
+    return recipe.model_copy(update=update)
+
+
+def dense_folder(folder: Path, seed: int) -> Path:
+    """Where a benchmark keeps a seed's dense network."""
+    return folder / "dense" / f"seed={seed}"
+
+
+@dataclass
+class Ground:
+    """What all cells of a seed share: the trained network and the images. Nothing in it is changed."""
+
+    recipe: Recipe
+    model: nn.Module
+    example: Tensor
+    limits: Limits
+    dense: Baseline
+    calibration: Calibration
+    recalibration: list[Tensor]
+    reference: Reference
+    train: ImageSource
+    test: ImageSource
+
+    @classmethod
+    def trained(cls, recipe: Recipe, folder: Path, device: str, track: Track) -> Ground:
+        """Trains the dense network, or loads it where the folder holds it."""
+        run = train_dense(recipe, folder, device=device, track=track)
+        observe = recipe.prune.observe
+        images, labels = zip(*run.labelled(observe.samples, "calibration images"), strict=True)
+        calibration = Calibration(
+            torch.cat(images), torch.cat(labels), run.example, run.data.num_classes, observe, run.histories,
+            recipe.prune.prior,
+        )  # fmt: skip
+        augment = recipe.data.augment  # statistics like those of training
+        recalibration = list(run.calibration(recalibration_images(recipe), "recalibration images", augment))
+        repairing = run.calibration(recipe.prune.repair_samples, "images to repair on", augment)
+        model = run.model.eval().to(memory_format=torch.channels_last)  # faster on CPU and GPU alike
+        reference = Reference(model, run.example, repairing, seed=recipe.seed)
+        return cls(
+            recipe, model, run.example, run.limits, run.dense, calibration, recalibration, reference,
+            run.train_images, run.test_images,
+        )  # fmt: skip
+
+    @cached_property
+    def accuracy(self) -> float:
+        """Of the dense network, tested as the pruned ones are."""
+        return self.tested(self.model)
+
+    def tested(self, model: nn.Module) -> float:
+        """Accuracy on the test images, in 16 bits where training is, which takes half of the time."""
+        return evaluate(model, self.test, amp=self.recipe.train.amp)
+
+    def recalibrated(self, model: nn.Module) -> nn.Module:
+        found = copy.deepcopy(model)
+        recalibrate_batchnorm(found, self.recalibration)
+        return found
+
+    def repaired(self, model: nn.Module, removals: Mapping[str, Sequence[int]]) -> nn.Module:
+        found = copy.deepcopy(model)
+        repair_towards(found, self.reference, removals, pairs=self.recipe.prune.repair_pairs)
+        return found
+
+    def finetuned(self, model: nn.Module) -> nn.Module:
+        """Fine-tuned as `run.run_recipe` does it.
+
+        Raises:
+            DivergedError: the loss is not finite.
+        """
+        found, options = copy.deepcopy(model), self.recipe.finetune
+        seed = derive_seed(self.recipe.seed, "finetune")
+        torch.manual_seed(seed)
+        trainer = Trainer(found, self.train, options, seed, self.recipe.data.augment)
+        for number in range(options.epochs):
+            trainer.epoch(number)
+        return found

@@ -1,0 +1,88 @@
+"""Commands that measure: one function a benchmark."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from dnr_plugin.cli.arguments import Commands, command, family, positive, recipe_of, takes_device, takes_recipe
+from dnr_plugin.cli.output import DONE, show, track
+
+
+def register(commands: Commands) -> None:
+    """Adds ``bench`` and its benchmarks."""
+    benches = family(commands, "bench", "measure things side by side", "benchmarks", "BENCHMARK")
+
+    overhead = command(benches, "overhead", _overhead, "what observing and scoring cost, in one process")
+    overhead.add_argument("--width", type=positive, default=64, help="of ResNet-18; default: 64")
+    overhead.add_argument("--batch", type=positive, default=64, help="images per training step; default: 64")
+    overhead.add_argument("--rounds", type=positive, default=15, help="timed rounds of each; default: 15")
+    overhead.add_argument("--images", type=positive, default=256, help="that criteria and repair see; default: 256")
+    overhead.add_argument("--side", type=positive, default=32, help="of these images, in pixels; default: 32")
+    overhead.add_argument("--json", action="store_true", help="print JSON")
+    takes_device(overhead)
+
+    criteria = command(benches, "criteria", _criteria, "every criterion of Torch-Pruning against every score")
+    takes_recipe(criteria)
+    criteria.add_argument("--output", metavar="DIR", required=True, help="folder of the benchmark")
+    criteria.add_argument("--seeds", metavar="N,N,...", help="one dense network each; default: 0,1,2")
+    criteria.add_argument(
+        "--levels", metavar="X,X,...", help="shares of the FLOPs that are kept; default: 0.75,0.5,0.35,0.25,0.15"
+    )
+    criteria.add_argument("--scopes", metavar="A,B,...", help="default: local,global,isomorphic")
+    criteria.add_argument("--criteria", metavar="A,B,...", help="default: all")
+    criteria.add_argument("--finetune", action="store_true", help="also fine-tune each network, as the recipe says")
+    criteria.add_argument(
+        "--resume", action="store_true", help="go on with the benchmark in the folder; the lists may be others"
+    )
+    takes_device(criteria)
+
+    sensitivity = command(benches, "sensitivity", _sensitivity, "accuracy with a share of one layer removed")
+    takes_recipe(sensitivity)
+    sensitivity.add_argument("--output", metavar="DIR", required=True, help="folder; may be that of bench criteria")
+    sensitivity.add_argument("--shares", metavar="X,X,...", help="of a layer; default: 0.25,0.5,0.75,0.9")
+    takes_device(sensitivity)
+
+
+def _overhead(arguments: argparse.Namespace) -> int:
+    from dnr_plugin.benchmarks.overhead import costs, overhead
+
+    found = overhead(width=arguments.width, batch=arguments.batch, rounds=arguments.rounds, device=arguments.device)
+    found["criteria"] = costs(
+        width=arguments.width, images=arguments.images, side=arguments.side, device=arguments.device
+    )
+    lines = [*found["lines"], *found["criteria"]["lines"]]
+    show(json.dumps(found, indent=1) if arguments.json else "\n".join(lines))
+    return DONE
+
+
+def _sensitivity(arguments: argparse.Namespace) -> int:
+    from rich.table import Table
+
+    from dnr_plugin.benchmarks.sensitivity import run_sensitivity, shares_of, table
+
+    shares = shares_of(arguments.shares)
+    with recipe_of(arguments) as recipe:
+        result = run_sensitivity(recipe, arguments.output, shares, device=arguments.device, track=track)
+    head, *rows = table(result)
+    shown = Table(*head, title=f"accuracy in %, as it is / repaired; dense {100 * result['dense']:.2f}")
+    for row in rows:
+        shown.add_row(*row)
+    show(shown, f"Written to {arguments.output}: sensitivity.md, sensitivity.json, sensitivity.png")
+    return DONE
+
+
+def _criteria(arguments: argparse.Namespace) -> int:
+    from dnr_plugin.benchmarks.criteria.grid import grid_of
+    from dnr_plugin.benchmarks.criteria.run import run_criteria
+    from dnr_plugin.benchmarks.criteria.tables import notes, terminal_tables
+
+    grid = grid_of(arguments.seeds, arguments.levels, arguments.scopes, arguments.criteria)
+    with recipe_of(arguments) as recipe:
+        result = run_criteria(
+            recipe, arguments.output, grid,
+            finetune=arguments.finetune, resume=arguments.resume, device=arguments.device, track=track,
+        )  # fmt: skip
+    written = f"Written to {arguments.output}: criteria.md, criteria.json, criteria.png, cells.jsonl"
+    show(*terminal_tables(result), *(f"- {note}" for note in notes(result)), written)
+    return DONE

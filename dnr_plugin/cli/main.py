@@ -1,0 +1,62 @@
+"""The ``dnr`` command: arguments in, exit codes out."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from collections.abc import Sequence
+
+from dnr_plugin.cli import bench_commands, recipe_commands, result_commands
+from dnr_plugin.cli.output import BAD_INPUT, FAILED, TARGET_MISSED
+from dnr_plugin.errors import InputError, RunError, TargetError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        argv: arguments after the program's name; ``sys.argv`` by default.
+
+    Returns:
+        0 done; 2 the input is wrong (one line per problem on stderr); 3 the target was not reached, what was reached is
+        saved; 1 anything else.
+    """
+    arguments = _parser().parse_args(argv)
+    # what torch says about itself, and what the report says anyway
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
+    warnings.filterwarnings("ignore", message=".* is left alone")
+    try:
+        code: int = arguments.command(arguments)
+        return code
+    except InputError as error:
+        for problem in error.problems:
+            print(f"dnr: {problem}", file=sys.stderr)
+        return BAD_INPUT
+    except TargetError as error:
+        print(f"dnr: {error}", file=sys.stderr)
+        return TARGET_MISSED
+    except KeyboardInterrupt:
+        print("dnr: interrupted; add --resume to go on after the last finished epoch", file=sys.stderr)
+        return FAILED
+    except OSError as error:
+        print(f"dnr: {error}; with space and access restored, add --resume to go on", file=sys.stderr)
+        return FAILED
+    except RunError as error:
+        print(f"dnr: {error}", file=sys.stderr)
+        return FAILED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="dnr",
+        description="Compress convolutional networks by their dying neurons.",
+        epilog="Exit codes: 0 done; 2 the input is wrong; 3 the target was not reached (what was is saved); 1 other.",
+    )
+    from importlib.metadata import version
+
+    parser.add_argument("--version", action="version", version=f"dnr_plugin {version('dnr_plugin')}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for family in (recipe_commands, result_commands, bench_commands):
+        family.register(commands)
+    return parser

@@ -1,0 +1,57 @@
+"""The machine that a run or a benchmark uses, and how to name it."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from dnr_plugin.errors import InputError
+
+
+def pick_device(name: str) -> torch.device:
+    """The device for "auto", "cpu" or "cuda".
+
+    Raises:
+        InputError: CUDA was asked for and there is none.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device: expected auto or cpu, since torch finds no CUDA device, found cuda")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def placed(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model on a device, on a GPU in the memory layout its convolutions are fast in."""
+    if device.type == "cuda":
+        return model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+    return model.to(device)
+
+
+def device_name(device: torch.device) -> str:
+    """The device in words, for reports: of a CPU also its vector units, since rounding differs between them."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    units = torch.backends.cpu.get_cpu_capability()
+    return f"CPU ({_processor()}, {units}, {torch.get_num_threads()} threads)"
+
+
+def _processor() -> str:
+    """The processor's name, or its kind where the system does not tell."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+def versions() -> dict[str, str]:
+    """Of Python and the packages that decide a run's figures."""
+    from importlib.metadata import version
+
+    names = ("dnr_plugin", "torch", "torchvision", "torch-pruning", "fvcore", "numpy")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}

@@ -1,0 +1,151 @@
+"""A saved model as one file for other programs: ONNX, or what ``torch.export.load`` reads."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import logging
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from dnr_plugin.errors import InputError, RunError, first_line
+from dnr_plugin.models.saved import saved_model
+from dnr_plugin.network.calling import output_difference
+
+FORMATS = ("onnx", "torch")
+LIMIT = 1e-4  # largest relative difference of the outputs that is written
+BATCHES = (1, 3)  # sizes that are compared; neither is the one that is traced
+_TRACED = 2  # torch.export takes a batch of one for a constant
+_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+Runner = Callable[[Tensor], Tensor]
+
+
+def export_model(
+    folder: str | os.PathLike[str],
+    file: str | os.PathLike[str],
+    *,
+    format: str,
+    shape: str | None = None,
+    allow_import: bool = False,
+) -> float:
+    """Exports a saved model with a free batch size, reads the file back and compares its outputs with the model's.
+
+    Args:
+        folder: of a finished run, or written by `checkpoint.save_pruned`.
+        file: to be written; there is none yet.
+        format: one of `FORMATS`: "onnx", or "torch" for the archive of `torch.export.save`.
+        shape: of one image, as "3x32x32"; None for what the model's builder says.
+        allow_import: see `checkpoint.load_pruned`.
+
+    Returns:
+        The largest difference of the outputs, relative to the largest output, over random images of a fixed seed in
+        batches of `BATCHES`.
+
+    Raises:
+        InputError: folder, file, shape or the packages at hand cannot be used; nothing was written.
+        RunError: the model cannot be exported, or the outputs differ by more than `LIMIT`; no file is left.
+    """
+    file = Path(file)
+    if format == "onnx":
+        _check_packages()
+    _check_file(file)
+    model, _, example = saved_model(Path(folder), shape, allow_import)
+    write, read = (_write_onnx, _read_onnx) if format == "onnx" else (_write_torch, _read_torch)
+    try:
+        # beside the file, so that it appears there as a whole or not at all
+        with tempfile.TemporaryDirectory(dir=file.parent, prefix=f".{file.name}.") as place, _silent():
+            written = Path(place) / file.name
+            try:
+                write(model, example.expand(_TRACED, -1, -1, -1).contiguous(), written)
+                difference = _difference(model, read(written), example)
+            except OSError:
+                raise
+            except Exception as error:  # whatever an exporter makes of the user's network
+                raise RunError(f"{folder}: {format} cannot express this model: {first_line(error)}") from error
+            if not difference <= LIMIT:  # NaN too
+                raise RunError(
+                    f"{file}: expected the outputs of the model within {LIMIT:g} of the largest, found a difference of "
+                    f"{difference:.1e}; nothing was written"
+                )
+            with written.open("rb") as done:
+                os.fsync(done.fileno())
+            os.replace(written, file)
+    except OSError as error:
+        raise RunError(f"{file}: cannot be written: {error.strerror or error}") from error
+    return difference
+
+
+def _check_packages() -> None:
+    for name in _PACKAGES:
+        try:
+            importlib.import_module(name)
+        except ImportError:
+            raise InputError(
+                f'--format: expected onnx with its packages: pip install "dnr_plugin[export]", found no {name}'
+            ) from None
+
+
+def _check_file(file: Path) -> None:
+    if file.exists():
+        raise InputError(f"--output: expected a new file, found {file}, which exists")
+    if not file.parent.is_dir():
+        raise InputError(f"--output: expected a file in a folder that exists, found {file}")
+    if not os.access(file.parent, os.W_OK | os.X_OK):
+        raise InputError(f"--output: expected a folder that can be written to, found {file.parent}")
+
+
+def _difference(model: nn.Module, run: Runner, example: Tensor) -> float:
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    with torch.no_grad():
+        for size in BATCHES:
+            images = torch.randn(size, *example.shape[1:], generator=generator)
+            found.append(output_difference([model(images)], [run(images)])[1])
+    return max(found, key=lambda value: (value != value, value))
+
+
+def _write_torch(model: nn.Module, images: Tensor, file: Path) -> None:
+    program = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    with file.open("wb") as stream:  # of any name: given a path, torch wants it to end in .pt2
+        torch.export.save(program, stream)
+
+
+def _read_torch(file: Path) -> Runner:
+    with file.open("rb") as stream:
+        return torch.export.load(stream).module()
+
+
+def _write_onnx(model: nn.Module, images: Tensor, file: Path) -> None:
+    program = torch.onnx.export(
+        model, (images,), dynamo=True, dynamic_shapes=({0: torch.export.Dim("batch")},), input_names=["images"],
+        output_names=["scores"], verbose=False,
+    )  # fmt: skip
+    assert program is not None  # what dynamo=True returns
+    program.save(file, external_data=False)
+
+
+def _read_onnx(file: Path) -> Runner:
+    onnxruntime = importlib.import_module("onnxruntime")
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    return lambda images: torch.from_numpy(session.run(["scores"], {"images": images.numpy()})[0])
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Without what the exporters log, print and warn about themselves: a failure is one line of ours."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        printed = io.StringIO()
+        with warnings.catch_warnings(), contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)

@@ -1,0 +1,149 @@
+"""What a network costs: fvcore's FLOPs, parameters, latency.
+
+fvcore counts one multiply-add as one FLOP; every number of FLOPs in this package does so too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dnr_plugin.network.calling import call, kept_modes, one_sample
+from dnr_plugin.network.kinds import kind_of
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """One module that holds parameters or costs FLOPs of its own.
+
+    Attributes:
+        name: dotted name in the model.
+        type: class name.
+        in_channels, out_channels: 0 where the module has none.
+        params: its own parameters, but for those that a layer before it owns as well.
+        flops: its own FLOPs for one sample.
+    """
+
+    name: str
+    type: str
+    in_channels: int
+    out_channels: int
+    params: int
+    flops: int
+
+
+@dataclass(frozen=True)
+class FlopReport:
+    """Attributes:
+    params: of the whole model, shared ones once.
+    flops: of the whole model for one sample.
+    layers: modules with a cost of their own, in the model's order.
+    unsupported_ops: operators that fvcore did not count, with how often they ran.
+    uncalled: modules that the forward pass did not reach.
+    """
+
+    params: int
+    flops: int
+    layers: list[LayerCost]
+    unsupported_ops: dict[str, int] = field(default_factory=dict)
+    uncalled: list[str] = field(default_factory=list)
+
+
+class _Keywords(nn.Module):
+    """Lets fvcore, which calls by position, call a model by keyword."""
+
+    def __init__(self, model: nn.Module, names: list[str]) -> None:
+        super().__init__()
+        self.model, self.names = model, names
+
+    def forward(self, *values: Any) -> Any:
+        return self.model(**dict(zip(self.names, values, strict=True)))
+
+
+def count_params(model: nn.Module) -> int:
+    """Parameters of a model, shared ones counted once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def flop_report(model: nn.Module, example_inputs: Any) -> FlopReport:
+    """FLOPs and parameters per layer, by fvcore, for one sample in eval mode.
+
+    Args:
+        model: any network; its modes and BatchNorm statistics are left as they are.
+        example_inputs: a tensor, a sequence or a dict of tensors; only the first sample is used.
+
+    Returns:
+        Counts, with the operators that fvcore has no count for.
+    """
+    from fvcore.nn import FlopCountAnalysis
+
+    inputs, prefix, counted = one_sample(example_inputs), "", model
+    if isinstance(inputs, dict):
+        counted, prefix = _Keywords(model, list(inputs)), "model"
+        inputs = tuple(inputs.values())
+    elif isinstance(inputs, list):
+        inputs = tuple(inputs)
+    with kept_modes(model), torch.enable_grad():  # without gradients attention takes a fused path nobody counts
+        counted.eval()
+        analysis = FlopCountAnalysis(counted, inputs)
+        analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
+        by_module: Counter[str] = analysis.by_module()
+        unsupported = {name: int(times) for name, times in sorted(analysis.unsupported_ops().items())}
+        uncalled = sorted(analysis.uncalled_modules())
+
+    def name_in_trace(name: str) -> str:
+        return ".".join(part for part in (prefix, name) if part)
+
+    layers = []
+    seen: set[Tensor] = set()
+    for name, module in model.named_modules():
+        children = [f"{name}.{child}" if name else child for child, _ in module.named_children()]
+        flops = int(by_module[name_in_trace(name)] - sum(by_module[name_in_trace(child)] for child in children))
+        own = set(module.parameters(recurse=False)) - seen
+        seen |= own
+        params = sum(parameter.numel() for parameter in own)
+        if flops or params:
+            layers.append(LayerCost(name, type(module).__name__, *kind_of(module).channels, params, flops))
+    dropped = len(prefix) + 1 if prefix else 0
+    uncalled = [name[dropped:] for name in uncalled if name[dropped:]]
+    return FlopReport(count_params(model), int(by_module[""]), layers, unsupported, uncalled)
+
+
+def latencies(models: list[nn.Module], inputs: Any, *, seconds: float = 2.0, warmup: int = 3) -> list[float]:
+    """Median seconds of one forward pass of each model, in eval mode, measured in turn so that drift hits all alike.
+
+    Args:
+        models: on the device of the inputs.
+        inputs: one batch.
+        seconds: about how long to measure, all models together; at least 5 rounds are run.
+        warmup: rounds not counted.
+    """
+    device = next(models[0].parameters()).device
+    times: list[list[float]] = [[] for _ in models]
+
+    def run(model: nn.Module) -> float:
+        start = time.perf_counter()
+        call(model, inputs)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - start
+
+    with torch.no_grad(), contextlib.ExitStack() as modes:
+        for model in models:
+            modes.enter_context(kept_modes(model))
+            model.eval()
+        for _ in range(warmup):
+            for model in models:
+                run(model)
+        end = time.perf_counter() + seconds
+        while time.perf_counter() < end or len(times[0]) < 5:
+            for model, measured in zip(models, times, strict=True):
+                measured.append(run(model))
+    return [statistics.median(measured) for measured in times]

@@ -1,0 +1,179 @@
+"""Questions asked of Torch-Pruning's dependency graph: what a group's neurons feed, and what stands in the way."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch_pruning as tp
+from torch import Tensor, nn
+from torch_pruning import ops
+
+from dnr_plugin.errors import InputError
+from dnr_plugin.network.calling import call, kept_modes, tensors
+from dnr_plugin.network.kinds import is_consumer, kind_of
+
+# Operations in which every channel depends on the others, so that a channel that is zero later is not without effect
+# earlier. By Torch-Pruning's node type, or by the autograd name of an elementwise node.
+_MIXING_TYPES = {ops.OPTYPE.LN: "LayerNorm", ops.OPTYPE.GN: "GroupNorm", ops.OPTYPE.LSTM: "LSTM"}
+_MIXING_GRADS = {
+    "Softmax": "softmax",
+    "NativeGroupNorm": "group_norm",
+    "NativeLayerNorm": "layer_norm",
+    "LinalgVectorNorm": "a norm",
+}
+
+
+@dataclass(frozen=True)
+class Use:
+    """Where a group's neurons are used: channels ``channels[k]`` of ``module`` carry the neurons ``neurons[k]``.
+
+    Attributes:
+        module: the consumer.
+        channels: its input channels, shape [K], int64.
+        neurons: positions among the group's root indices, shape [K], int64, in [0, n).
+    """
+
+    module: nn.Module
+    channels: Tensor
+    neurons: Tensor
+
+
+def build_graph(model: nn.Module, example_inputs: Any, **kwargs: Any) -> tp.DependencyGraph:
+    """`DependencyGraph.build_dependency`, leaving the model's modes, flags and hooks as they were.
+
+    Tracing switches the whole model to eval mode and follows autograd, so frozen parameters would be invisible.
+
+    Args:
+        model: the network.
+        example_inputs: a tensor, a sequence of tensors or a dict of them, as Torch-Pruning takes them.
+        **kwargs: handed on to ``build_dependency``.
+
+    Raises:
+        InputError: the model cannot be called or traced.
+    """
+    frozen = [p for p in model.parameters() if not p.requires_grad and p.is_floating_point()]
+    hooks = {module: set(module._forward_hooks) for module in model.modules()}
+    for parameter in frozen:
+        parameter.requires_grad_(True)
+    try:
+        with kept_modes(model), torch.enable_grad(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Unwrapped parameters detected")
+            return tp.DependencyGraph().build_dependency(model, example_inputs=example_inputs, **kwargs)
+    except Exception as error:  # Torch-Pruning raises whatever its tracing stumbles over
+        raise InputError(
+            f"model: expected a network that Torch-Pruning can trace, found that {type(model).__name__} fails with "
+            f"{type(error).__name__}: {' '.join(str(error).split())}"
+        ) from error
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        for module, before in hooks.items():  # Torch-Pruning leaves its own behind when the model fails
+            for added in set(module._forward_hooks) - before:
+                del module._forward_hooks[added]
+
+
+def uses(group: tp.dependency.Group) -> list[Use]:
+    """The consumers of a group's neurons (METHOD: a neuron is one root index of a dependency group).
+
+    Args:
+        group: with full or partial indices.
+
+    Raises:
+        LookupError: Torch-Pruning lost track of which root index a channel belongs to.
+    """
+    position = {root: k for k, root in enumerate(group[0].idxs)}
+    found = []
+    for item in group.items:
+        dep, channels = item
+        module = dep.target.module
+        if not isinstance(module, nn.Module) or not is_consumer(module):
+            continue
+        if not group._DG.is_in_channel_pruning_fn(dep.handler):
+            continue
+        if any(root is None for root in item.root_idxs):
+            raise LookupError("Torch-Pruning does not say which neuron each of its input channels belongs to")
+        neurons = [position[root] for root in item.root_idxs]
+        found.append(Use(module, torch.tensor(channels), torch.tensor(neurons)))
+    return found
+
+
+def channel_groups(group: tp.dependency.Group) -> int:
+    """Number of equal blocks whose channels must go together, offset by offset.
+
+    Grouped convolutions, GroupNorm and attention heads must stay equally wide, so that only the same offset of every
+    block can be removed. 1 where nothing of the kind is in the group.
+    """
+    return math.lcm(*(kind_of(dep.target.module).blocks for dep, _ in group))
+
+
+def inexact_reason(group: tp.dependency.Group) -> str | None:
+    """Why removing a neuron that is zero at every consumer may still change the outputs, or None."""
+    for dep, _ in group:
+        module, kind = dep.target.module, dep.target.type
+        if kind in _MIXING_TYPES:
+            return f"{_MIXING_TYPES[kind]} mixes its channels"
+        if kind == ops.OPTYPE.ELEMENTWISE:
+            grad = str(getattr(module, "_grad_fn", ""))
+            for name, plain in _MIXING_GRADS.items():
+                if name in grad:
+                    return f"{plain} mixes its channels"
+    return None
+
+
+def output_layers(model: nn.Module, example_inputs: Any) -> set[nn.Module]:
+    """Layers whose outputs reach the model's outputs without passing a consumer: their channels are not ours to remove.
+
+    The classifier, and any feature map that the model returns as well. Found by cutting the autograd graph at every
+    consumer's input: only what is left connected to the outputs still receives a gradient.
+
+    Raises:
+        InputError: the model returns no tensor.
+    """
+
+    def cut(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        def detach(value: Any) -> Any:
+            return value.detach() if isinstance(value, Tensor) else value
+
+        return tuple(map(detach, args)), {key: detach(value) for key, value in kwargs.items()}
+
+    owners = {
+        parameter: module
+        for module in model.modules()
+        for parameter in module.parameters(recurse=False)
+        if parameter.is_floating_point()
+    }
+    frozen = [parameter for parameter in owners if not parameter.requires_grad]
+    handles = [
+        module.register_forward_pre_hook(cut, with_kwargs=True) for module in model.modules() if is_consumer(module)
+    ]
+    for parameter in frozen:
+        parameter.requires_grad_(True)
+    try:
+        with kept_modes(model), torch.enable_grad():
+            model.eval()
+            outputs = [out for out in tensors(call(model, example_inputs)) if out.grad_fn is not None]
+            if not outputs:
+                raise InputError(f"model: expected outputs that are tensors, found none from {type(model).__name__}")
+            total = torch.stack([out.double().sum() for out in outputs]).sum()
+            gradients = torch.autograd.grad(total, list(owners), allow_unused=True)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+    return {module for (_, module), gradient in zip(owners.items(), gradients, strict=True) if gradient is not None}
+
+
+def isomorphism_class(group: tp.dependency.Group) -> tuple[tuple[str, str, bool], ...]:
+    """Groups of the same class have the same sequence of layer types and pruning directions.
+
+    Source: Fang et al., *Isomorphic Pruning for Vision Models*, ECCV 2024, as Torch-Pruning computes it.
+    """
+    outwards = group._DG.is_out_channel_pruning_fn
+    return tuple(
+        (type(dep.source.module).__name__, type(dep.target.module).__name__, outwards(dep.handler)) for dep, _ in group
+    )

@@ -1,0 +1,491 @@
+"""Kinds of layers: everything that observing, scoring, removal and repair ask about a layer's type.
+
+One class a kind, one table from module types to kinds. `kind_of` puts a module into the class that fits its type; a
+type that is not in the table gets `Kind`, which uses no neurons, has no channels that are known and is not repaired. A
+layer of one's own becomes known by `register_layer`.
+
+A subclass of a layer of torch that runs by a ``forward`` of its own (not `Kind.stock`) is pruned and observed like its
+base, as Torch-Pruning does, but never computed in its place: repair leaves it as it is, with the reason.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Scaling = Literal["product", "square", "linear"]
+
+
+class Kind:
+    """A layer that uses no neurons of its own accord; the base of all kinds.
+
+    Args:
+        module: the layer.
+
+    Attributes:
+        consumes: whether it mixes its input channels, so that a neuron's activation is "used" there.
+        depthwise: whether Torch-Pruning prunes it together with its input, though it has weights for each channel.
+        scaling: what FLOPs and matrices of parameters grow with: "product" of input and output channels, "square" of
+            the output channels, or "linear" in these.
+    """
+
+    consumes: ClassVar[bool] = False
+    depthwise = False
+    scaling: Scaling = "linear"
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module: Any = module
+
+    @property
+    def channels(self) -> tuple[int, int]:
+        """Input and output channels (or features); 0 where the layer is none that is known here."""
+        return 0, 0
+
+    @property
+    def blocks(self) -> int:
+        """Equal blocks of channels that must stay equally wide, such as the groups of a convolution."""
+        return 1
+
+    @property
+    def stock(self) -> bool:
+        """Whether it runs by a ``forward`` of torch's own."""
+        return bool(type(self.module).forward.__module__.startswith("torch."))
+
+    @property
+    def unrepaired(self) -> str | None:
+        """Why least squares cannot fit its weights, or None where they can."""
+        return f"{type(self.module).__name__} is not repaired"
+
+    @property
+    def unknowns(self) -> int:
+        """Weights of one output; 0 where repair does not ask."""
+        return 0
+
+    def makes(self, parameter: Tensor) -> int | None:
+        """Dimension of one of `makers`' parameters that numbers output channels, or None where none does."""
+        return 0
+
+    @property
+    def maker(self) -> nn.Module:
+        """The module whose parameters make the output channels."""
+        return self.module  # type: ignore[no-any-return]
+
+
+class Consumer(Kind):
+    """A layer that mixes its input channels. `a` is its input, or its output, of any shape that it takes or gives."""
+
+    consumes = True
+    scaling: Scaling = "product"
+
+    def by_channel(self, a: Tensor) -> Tensor:
+        """Any input or output as a view of shape [N, C, P]: samples, channels, positions."""
+        raise NotImplementedError
+
+    def batched(self, a: Tensor) -> Tensor:
+        """An input with a dimension of samples in front, also where it had none."""
+        return a if a.dim() > 1 else a.unsqueeze(0)
+
+    def mask(self, channels: Tensor) -> Tensor:
+        """A value for each input channel, shape [C], in a shape that broadcasts to an input."""
+        return channels
+
+    @property
+    def taps(self) -> int:
+        """Positions of a kernel."""
+        return 1
+
+    def features(self, most: int) -> int:
+        """Values of a channel that second moments keep apart: the taps, where there are at most so many in all."""
+        return 1
+
+    def rows(self, a: Tensor, places: Tensor) -> Tensor:
+        """What the weights of an output are multiplied with, at some positions of the output, shape [K].
+
+        Returns:
+            Shape [N * K, in * taps], in the order of the weights; the places of one sample next to each other.
+        """
+        return self.by_channel(a)[:, :, places.to(a.device)].transpose(1, 2).flatten(0, 1)
+
+    def positions(self, a: Tensor) -> int:
+        """Positions of the output for an input; as many as of the input, by default."""
+        return self.by_channel(a).shape[2]
+
+    def matrices(self, each: int) -> list[Tensor]:
+        """Weights by what they are multiplied with, for each group of a grouped convolution.
+
+        Args:
+            each: features of a channel (`features`).
+
+        Returns:
+            Float64 on the CPU, shape [outputs, features] each. Where a convolution's channels are read alone, every
+            position of the kernel is an output of its own.
+        """
+        raise NotImplementedError
+
+    def assign(self, each: int, matrices: Sequence[Tensor]) -> None:
+        """The reverse of `matrices`."""
+        raise NotImplementedError
+
+    def norms(self) -> Tensor:
+        """L2 norm of the weights that read each input channel, float64, shape [in]."""
+        raise NotImplementedError
+
+    def run(self, a: Tensor, weights: Tensor, constants: Tensor) -> Tensor:
+        """What comes out of an input with other weights and constants, shape [out, in * taps] and [out]."""
+        raise NotImplementedError
+
+    @property
+    def no_constant(self) -> str | None:
+        """Why no shift of its outputs can stand in for a constant input, or None where one can, borders aside."""
+        return None
+
+    @property
+    def folds_exactly(self) -> bool:
+        """Whether a constant input makes a constant output at every position, borders included."""
+        return False
+
+    def shift(self, inputs: Tensor) -> Tensor:
+        """Outputs for inputs that are constant, shape [in] -> [out], float64, borders aside."""
+        raise NotImplementedError
+
+
+class Linear(Consumer):
+    """``nn.Linear``; the last dimension holds the channels."""
+
+    @property
+    def channels(self) -> tuple[int, int]:
+        return int(self.module.in_features), int(self.module.out_features)
+
+    @property
+    def unrepaired(self) -> str | None:
+        return None if self.stock else _own_forward(self.module)
+
+    @property
+    def unknowns(self) -> int:
+        return int(self.module.weight[0].numel())
+
+    def by_channel(self, a: Tensor) -> Tensor:
+        return _last_to_second(a)
+
+    def matrices(self, each: int) -> list[Tensor]:
+        return [_wide(self.module.weight)]
+
+    def assign(self, each: int, matrices: Sequence[Tensor]) -> None:
+        self.module.weight.copy_(matrices[0])
+
+    def norms(self) -> Tensor:
+        return _norm(self.module.weight.detach(), 0)
+
+    def run(self, a: Tensor, weights: Tensor, constants: Tensor) -> Tensor:
+        return F.linear(a, weights.view_as(self.module.weight).to(a), constants.to(a))
+
+    @property
+    def folds_exactly(self) -> bool:
+        return True
+
+    def shift(self, inputs: Tensor) -> Tensor:
+        return _wide(self.module.weight) @ inputs
+
+
+class Convolution(Consumer):
+    """``nn.Conv1d``, ``nn.Conv2d`` and ``nn.Conv3d``, grouped or not."""
+
+    @property
+    def channels(self) -> tuple[int, int]:
+        return int(self.module.in_channels), int(self.module.out_channels)
+
+    @property
+    def blocks(self) -> int:
+        return int(self.module.groups)
+
+    @property
+    def unrepaired(self) -> str | None:
+        return None if self.stock else _own_forward(self.module)
+
+    @property
+    def unknowns(self) -> int:
+        return int(self.module.weight[0].numel())
+
+    def batched(self, a: Tensor) -> Tensor:
+        return a if a.dim() == len(self.module.kernel_size) + 2 else a.unsqueeze(0)
+
+    def by_channel(self, a: Tensor) -> Tensor:
+        a = self.batched(a)
+        return a.flatten(2) if a.dim() > 2 else a.unsqueeze(-1)
+
+    def mask(self, channels: Tensor) -> Tensor:
+        return channels.view(-1, *[1] * len(self.module.kernel_size))
+
+    @property
+    def taps(self) -> int:
+        return math.prod(self.module.kernel_size)
+
+    def features(self, most: int) -> int:
+        return self.taps if self.channels[0] * self.taps <= most else 1
+
+    def rows(self, a: Tensor, places: Tensor) -> Tensor:
+        module, a = self.module, self.batched(a)
+        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+        padded = F.pad(a, module._reversed_padding_repeated_twice, mode)
+        sizes = self.output_size(a)
+        rows = []
+        for place in places.tolist():
+            window = padded
+            for dim in reversed(range(len(sizes))):
+                place, index = divmod(place, sizes[dim])
+                step, start = module.dilation[dim], index * module.stride[dim]
+                window = window.narrow(dim + 2, start, step * (module.kernel_size[dim] - 1) + 1)
+                window = window[(slice(None),) * (dim + 2) + (slice(None, None, step),)]
+            rows.append(window.flatten(1))
+        return torch.stack(rows, 1).flatten(0, 1)
+
+    def output_size(self, a: Tensor) -> list[int]:
+        """Height, width and so on of the output for an input [N, C, *spatial]."""
+        module = self.module
+        padding = module._reversed_padding_repeated_twice[::-1]
+        return [
+            (size + padding[2 * k] + padding[2 * k + 1] - module.dilation[k] * (module.kernel_size[k] - 1) - 1)
+            // module.stride[k]
+            + 1
+            for k, size in enumerate(a.shape[2:])
+        ]
+
+    def positions(self, a: Tensor) -> int:
+        return math.prod(self.output_size(self.batched(a)))
+
+    def matrices(self, each: int) -> list[Tensor]:
+        weight, groups = _wide(self.module.weight), self.module.groups
+        if each > 1:
+            return [*weight.flatten(1).chunk(groups)]
+        return [part.movedim(1, -1).flatten(0, -2) for part in weight.chunk(groups)]
+
+    def assign(self, each: int, matrices: Sequence[Tensor]) -> None:
+        shape = self.module.weight.shape
+        if each == 1:
+            outputs = shape[0] // self.module.groups
+            matrices = [part.view(outputs, *shape[2:], -1).movedim(-1, 1) for part in matrices]
+        self.module.weight.copy_(torch.cat([*matrices]).reshape(shape))
+
+    def norms(self) -> Tensor:
+        """Grouped: an input channel is read by the filters of its own group only."""
+        weight = self.module.weight.detach()
+        blocked = weight.reshape(self.module.groups, -1, weight.shape[1], weight[0, 0].numel())
+        return _norm(blocked, (1, 3)).flatten()
+
+    def run(self, a: Tensor, weights: Tensor, constants: Tensor) -> Tensor:
+        out: Tensor = self.module._conv_forward(a, weights.view_as(self.module.weight).to(a), constants.to(a))
+        return out
+
+    @property
+    def folds_exactly(self) -> bool:
+        module = self.module
+        if module.padding_mode != "zeros" or module.padding == "valid":
+            return True
+        return not any(k - 1 for k in module.kernel_size) if module.padding == "same" else not any(module.padding)
+
+    def shift(self, inputs: Tensor) -> Tensor:
+        taps = _wide(self.module.weight).flatten(2).sum(2)  # [out, in / groups]
+        by_group = inputs.view(self.module.groups, -1)
+        return torch.einsum("goi,gi->go", taps.view(self.module.groups, -1, by_group.shape[1]), by_group).flatten()
+
+
+class Depthwise(Convolution):
+    """A convolution with one filter a channel: it hands each on, and what it makes of it is used further down."""
+
+    consumes = False
+    depthwise = True
+    scaling = "linear"
+
+    @property
+    def blocks(self) -> int:
+        return 1
+
+
+class TransposedConvolution(Convolution):
+    """``nn.ConvTranspose1d``, ``2d`` and ``3d``; read channel by channel, and not repaired."""
+
+    @property
+    def unrepaired(self) -> str | None:
+        return f"{type(self.module).__name__} is not repaired"
+
+    def features(self, most: int) -> int:
+        return 1
+
+    def rows(self, a: Tensor, places: Tensor) -> Tensor:
+        return Consumer.rows(self, a, places)
+
+    def positions(self, a: Tensor) -> int:
+        return Consumer.positions(self, a)
+
+    def matrices(self, each: int) -> list[Tensor]:  # of [in, out / groups, *kernel]
+        return [part.flatten(1).T.contiguous() for part in _wide(self.module.weight).chunk(self.module.groups)]
+
+    def assign(self, each: int, matrices: Sequence[Tensor]) -> None:
+        self.module.weight.copy_(torch.cat([part.T for part in matrices]).reshape(self.module.weight.shape))
+
+    def norms(self) -> Tensor:
+        return _norm(self.module.weight.detach().flatten(1), 1)
+
+    @property
+    def no_constant(self) -> str | None:
+        if any(stride > 1 for stride in self.module.stride):
+            return "a strided transposed convolution spreads a constant unevenly"
+        return None
+
+    @property
+    def folds_exactly(self) -> bool:
+        return False
+
+    def shift(self, inputs: Tensor) -> Tensor:
+        taps = _wide(self.module.weight).flatten(2).sum(2)  # [in, out / groups]
+        by_group = inputs.view(self.module.groups, -1)
+        return torch.einsum("gio,gi->go", taps.view(self.module.groups, by_group.shape[1], -1), by_group).flatten()
+
+    def makes(self, parameter: Tensor) -> int | None:
+        if parameter.dim() == 1:
+            return 0
+        return 1 if self.module.groups == 1 else None  # grouped ones mix their outputs in one dimension
+
+
+class Attention(Consumer):
+    """``nn.MultiheadAttention``: its query is what is read; key and value where these are as wide."""
+
+    scaling = "square"
+
+    @property
+    def channels(self) -> tuple[int, int]:
+        return int(self.module.embed_dim), int(self.module.embed_dim)
+
+    @property
+    def blocks(self) -> int:
+        return int(self.module.num_heads)
+
+    @property
+    def maker(self) -> nn.Module:
+        return self.module.out_proj  # type: ignore[no-any-return]
+
+    def by_channel(self, a: Tensor) -> Tensor:
+        return _last_to_second(a if self.module.batch_first or a.dim() != 3 else a.transpose(0, 1))
+
+    @property
+    def _query(self) -> Tensor:
+        """What the query is multiplied with, shape [out, embed_dim]."""
+        joint = self.module.in_proj_weight
+        return torch.as_tensor(joint if joint is not None else self.module.q_proj_weight)
+
+    def matrices(self, each: int) -> list[Tensor]:
+        return [_wide(self._query)]
+
+    def assign(self, each: int, matrices: Sequence[Tensor]) -> None:
+        self._query.copy_(matrices[0])
+
+    def norms(self) -> Tensor:
+        return _norm(self._query.detach(), 0)
+
+    @property
+    def no_constant(self) -> str | None:
+        return "attention has no place for it"
+
+
+class Norm(Kind):
+    """BatchNorm and InstanceNorm."""
+
+    @property
+    def channels(self) -> tuple[int, int]:
+        return int(self.module.num_features), int(self.module.num_features)
+
+
+class GroupNorm(Kind):
+    @property
+    def channels(self) -> tuple[int, int]:
+        return int(self.module.num_channels), int(self.module.num_channels)
+
+    @property
+    def blocks(self) -> int:
+        return int(self.module.num_groups)
+
+
+class LayerNorm(Kind):
+    @property
+    def channels(self) -> tuple[int, int]:
+        return int(self.module.normalized_shape[-1]), int(self.module.normalized_shape[-1])
+
+
+# By type, since networks of all kinds carry attributes called in_channels or num_features.
+_KINDS: dict[type[nn.Module], type[Kind]] = {
+    nn.modules.conv._ConvTransposeNd: TransposedConvolution,
+    nn.modules.conv._ConvNd: Convolution,
+    nn.Linear: Linear,
+    nn.MultiheadAttention: Attention,
+    nn.modules.batchnorm._NormBase: Norm,
+    nn.GroupNorm: GroupNorm,
+    nn.LayerNorm: LayerNorm,
+}
+
+
+def register_layer(module: type[nn.Module], kind: type[Kind]) -> None:
+    """Makes a layer type known to observing, scoring and repair; to be called before models with it are looked at.
+
+    Torch-Pruning has to know it as well (``customized_pruners``).
+
+    Args:
+        module: the layer's class, with its subclasses; a class that is known already is known as this from now on.
+        kind: how such layers are read, a subclass of `Kind`, or of `Consumer` for one that mixes its channels.
+    """
+    _KINDS[module] = kind
+
+
+def kind_of(module: nn.Module) -> Kind:
+    """A layer in the class of its kind: that of the nearest of its base classes that is known, else `Kind`."""
+    kind = next((_KINDS[base] for base in type(module).__mro__ if base in _KINDS), Kind)(module)
+    if isinstance(kind, Convolution) and kind.module.groups > 1 and kind.channels == (kind.module.groups,) * 2:
+        return Depthwise(module)
+    return kind
+
+
+def consumer(module: nn.Module) -> Consumer:
+    """`kind_of` a layer that is known to consume.
+
+    Raises:
+        TypeError: it does not.
+    """
+    kind = kind_of(module)
+    if not isinstance(kind, Consumer) or not kind.consumes:
+        raise TypeError(f"{type(module).__name__} is not a consumer")
+    return kind
+
+
+def is_consumer(module: nn.Module) -> bool:
+    """Whether the module mixes its input channels, so that a neuron's activation is "used" there."""
+    return kind_of(module).consumes
+
+
+def is_batchnorm(module: nn.Module | None) -> bool:
+    """Whether it is torch's BatchNorm with running statistics, and nothing else: in eval mode one affine map."""
+    norm = isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None
+    return norm and kind_of(module).stock  # type: ignore[arg-type]
+
+
+def _own_forward(module: nn.Module) -> str:
+    return f"{type(module).__name__} has a forward of its own"
+
+
+def _last_to_second(a: Tensor) -> Tensor:
+    if a.dim() == 1:
+        a = a.unsqueeze(0)
+    return a.unsqueeze(-1) if a.dim() == 2 else a.movedim(-1, 1).flatten(2)
+
+
+def _wide(weight: Tensor) -> Tensor:
+    return weight.detach().double().cpu()
+
+
+def _norm(weight: Tensor, dim: int | tuple[int, ...]) -> Tensor:  # a 16-bit sum would make many neurons tie
+    wide = weight if weight.element_size() >= 4 else weight.float()
+    found: Tensor = torch.linalg.vector_norm(wide, dim=dim)
+    return found.double()

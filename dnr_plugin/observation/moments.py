@@ -1,0 +1,119 @@
+"""Second moments of what a layer reads: by these redundancy is judged and weights are corrected."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dnr_plugin.linalg import outer_products
+from dnr_plugin.network.kinds import consumer
+
+# Patches of up to this many values are read whole; of wider layers, and transposed ones, channels alone.
+MAX_PATCH = 1152
+# Layers that read more than this have no second moments, which would outgrow memory.
+MAX_FEATURES = 4096
+_FEW, _MANY, _EACH = 512, 2048, 16  # rows that are read of small and of large batches, and of each sample in between
+_ROUNDING = 1e-6  # of sums of float32 products
+
+
+class Moments:
+    r"""Running second moments :math:`H = E[x x^\top]` and means of the inputs x that a layer's outputs read.
+
+    For a convolution x is the patch that its kernel covers, zero padding included, where patches are small; else a
+    position's channels. Sums are float64, over a bounded number of positions of every batch, drawn by the batch's
+    number. Batches go into two halves in turn, so that what one half suggests can be checked on the other.
+
+    Args:
+        channels: C.
+        each: values of a channel that are kept apart (`kinds.Consumer.features`).
+        device: of the sums.
+
+    Attributes:
+        sums: of [x, 1] times itself for each half, float64, shape [2, C * each + 1, C * each + 1].
+        batches: seen so far.
+    """
+
+    def __init__(self, channels: int, each: int, device: torch.device | str = "cpu") -> None:
+        self.each = each
+        self.batches = 0
+        size = channels * each + 1
+        self.sums = torch.zeros(2, size, size, dtype=torch.float64, device=device)
+
+    @property
+    def channels(self) -> int:
+        return (self.sums.shape[1] - 1) // self.each
+
+    @property
+    def rows(self) -> int:
+        """Positions read."""
+        return round(float(self.sums[:, -1, -1].sum()))
+
+    @torch.no_grad()
+    def update(self, module: nn.Module, a: Tensor) -> None:
+        """Adds a batch.
+
+        Args:
+            module: the layer.
+            a: its input.
+        """
+        x = self._read(module, a.detach())
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        self.sums[self.batches % 2] += outer_products(x, x)
+        self.batches += 1
+
+    def _read(self, module: nn.Module, a: Tensor) -> Tensor:
+        generator = torch.Generator().manual_seed(self.batches)
+
+        def places(samples: int, positions: int) -> tuple[slice, Tensor]:
+            step = -(-samples // _MANY)
+            rows = min(max(_EACH * samples, _FEW), _MANY)
+            count = max(1, min(positions, rows * step // samples))
+            return slice(None, None, step), torch.randperm(positions, generator=generator)[:count]
+
+        kind = consumer(module)
+        if self.each > 1:
+            a = kind.batched(a)
+            which, where = places(len(a), kind.positions(a))
+            return kind.rows(a[which], where)
+        values = kind.by_channel(a)
+        which, where = places(len(values), values.shape[2])
+        return values[which][:, :, where.to(a.device)].transpose(1, 2).flatten(0, 1)
+
+    def merged(self, other: Moments) -> Moments:
+        """Of both together."""
+        both = copy.copy(self)
+        both.sums, both.batches = self.sums + other.sums.to(self.sums.device), self.batches + other.batches
+        return both
+
+    def kept(self, channels: Tensor) -> Moments:
+        """Of these channels alone, in this order."""
+        features = torch.cat([self.columns(channels).flatten(), torch.tensor([self.sums.shape[1] - 1])])
+        left, features = copy.copy(self), features.to(self.sums.device)
+        left.sums = self.sums[:, features][:, :, features]
+        return left
+
+    def state_dict(self) -> dict[str, Any]:
+        """Sums on the CPU, and how many batches they are of; a copy, since sums grow in place."""
+        return {"sums": self.sums.to("cpu", copy=True), "batches": self.batches}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from what `state_dict` returned, for as many features."""
+        self.sums.copy_(state["sums"])
+        self.batches = state["batches"]
+
+    def columns(self, channels: Tensor) -> Tensor:
+        """Numbers of the features that belong to channels: [K] -> [K, each], int64."""
+        return channels[:, None] * self.each + torch.arange(self.each)
+
+    def mean_and_covariance(self, half: int | None = None) -> tuple[Tensor, Tensor]:
+        """Of the features, on the CPU, float64, shapes [F] and [F, F]; of one half, or of both."""
+        sums = (self.sums.sum(0) if half is None else self.sums[half]).cpu()
+        second = sums / sums[-1, -1].clamp_min(1.0)
+        mean = second[:-1, -1]
+        # where means are large the difference is of rounding, and may be negative
+        rounding = _ROUNDING * second[:-1, :-1].diagonal().mean() * torch.eye(len(mean), dtype=torch.float64)
+        return mean, second[:-1, :-1] - torch.outer(mean, mean) + rounding

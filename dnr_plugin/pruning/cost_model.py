@@ -1,0 +1,94 @@
+"""Predicts FLOPs and parameters while channels are taken away, without pruning or tracing anything.
+
+Planning asks for the cost after each of thousands of removals. The FLOPs of a convolution or linear layer are a product
+of its input and output channels, those of other layers grow with their channels, so that counting once is enough.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch_pruning as tp
+from torch import nn
+from torch_pruning import ops
+
+from dnr_plugin.network.cost import FlopReport
+from dnr_plugin.network.kinds import kind_of
+
+# (module name, "in" or "out") -> channels that go
+Effect = Mapping[tuple[str, str], float]
+
+
+@dataclass
+class _Layer:
+    flops: int
+    matrix: int  # parameters that scale with inputs times outputs
+    vector: int  # parameters that scale with outputs
+    scaling: str  # `kinds.Kind.scaling`
+    first: tuple[int, int]
+    gone: list[float]
+
+    def cost(self) -> tuple[float, float]:
+        """(FLOPs, parameters) with the channels that are left."""
+        kept_in, kept_out = (1 - gone / total for gone, total in zip(self.gone, self.first, strict=True))
+        scale = {"product": kept_in * kept_out, "square": kept_out**2, "linear": kept_out}[self.scaling]
+        return self.flops * scale, self.matrix * scale + self.vector * kept_out
+
+
+class CostModel:
+    """Running FLOPs and parameters of a model as channels go.
+
+    Exact for convolutions, linear layers and normalisation; operations outside of these (pooling, attention scores)
+    are held constant, a difference that the planner then measures.
+
+    Args:
+        model: the network as it is now.
+        report: its `measure.flop_report`.
+    """
+
+    def __init__(self, model: nn.Module, report: FlopReport) -> None:
+        self.flops, self.params = float(report.flops), float(report.params)
+        flops = {layer.name: layer.flops for layer in report.layers}
+        self._layers: dict[str, _Layer] = {}
+        for name, module in model.named_modules():
+            kind = kind_of(module)
+            if not kind.channels[1]:
+                continue
+            parameters = list(module.parameters())  # attention owns its output projection
+            matrix = sum(p.numel() for p in parameters if p.dim() > 1)
+            vector = sum(p.numel() for p in parameters if p.dim() <= 1)
+            self._layers[name] = _Layer(flops.get(name, 0), matrix, vector, kind.scaling, kind.channels, [0.0, 0.0])
+        for name, parameter in model.named_parameters():  # of modules that Torch-Pruning does not know
+            self._layers.setdefault(f"parameter {name}", _Layer(0, 0, parameter.numel(), "linear", (1, 1), [0.0, 0.0]))
+
+    def remove(self, effect: Effect) -> None:
+        """Takes channels away from the sides of layers."""
+        for (name, side), count in effect.items():
+            layer = self._layers[name]
+            flops, params = layer.cost()
+            layer.gone[side == "out"] += count
+            new_flops, new_params = layer.cost()
+            self.flops += new_flops - flops
+            self.params += new_params - params
+
+
+def effect_per_neuron(group: tp.dependency.Group, names: Mapping[nn.Module, str]) -> dict[tuple[str, str], float]:
+    """Channels that each layer of a group loses for one neuron, on average over the group.
+
+    Args:
+        group: with all indices.
+        names: of the model's modules.
+    """
+    neurons = len(group[0].idxs)
+    effect: dict[tuple[str, str], float] = {}
+    for dep, idxs in group:
+        module, kind = dep.target.module, dep.target.type
+        if kind == ops.OPTYPE.PARAMETER:
+            name = group._DG._param_to_name[module]
+            effect[f"parameter {name}", "out"] = len(idxs) / neurons / module.shape[dep.target.pruning_dim]
+        elif module in names and kind_of(module).channels[1]:
+            inwards = kind_of(module).scaling == "product" and group._DG.is_in_channel_pruning_fn(dep.handler)
+            key = (names[module], "in" if inwards else "out")
+            effect[key] = effect.get(key, 0.0) + len(idxs) / neurons
+    return effect

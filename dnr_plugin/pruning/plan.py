@@ -1,0 +1,258 @@
+"""Chooses which neurons go so that a target is just reached; removes nothing from the model itself."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch_pruning as tp
+from torch import Tensor, nn
+
+from dnr_plugin.errors import InputError, TargetError, did_you_mean
+from dnr_plugin.network.cost import flop_report, latencies
+from dnr_plugin.network.dependencies import inexact_reason
+from dnr_plugin.pruning.cost_model import CostModel
+from dnr_plugin.pruning.groups import Limits, prunable_layers
+from dnr_plugin.pruning.order import SCOPES, Step, layer_steps, ordered, savings_of
+from dnr_plugin.pruning.removal import prune_neurons
+from dnr_plugin.pruning.targets import KEPT_TARGETS, TARGETS, Baseline, baseline, measure, reached, unreachable_error
+from dnr_plugin.scoring.importance import DyingNeuronImportance
+
+
+@dataclass
+class Plan:
+    """What is going to be removed.
+
+    Attributes:
+        removals: root layer -> its neurons that go, ascending.
+        kind, requested: the target.
+        achieved: the target's measure after the removal.
+        neurons: hidden neurons before this removal; dense_neurons: in the dense model.
+        dead: how many neurons are dead or dying; None where the criterion does not observe.
+        zero: of ``removals``, the neurons whose removal changes nothing.
+        skipped: groups left alone, as (root layer, reason).
+        sizes: neurons of each root layer that was considered, before this removal.
+    """
+
+    removals: dict[str, list[int]]
+    kind: str
+    requested: float
+    achieved: float
+    neurons: int
+    dense_neurons: int
+    dead: int | None = None
+    zero: dict[str, list[int]] = field(default_factory=dict)
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+    sizes: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def removed(self) -> int:
+        """Number of neurons that go."""
+        return sum(map(len, self.removals.values()))
+
+
+def reachable(
+    model: nn.Module, example_inputs: Any, kind: str, limits: Limits = Limits(), dense: Baseline | None = None
+) -> float:
+    """The furthest value of a target that the limits allow, whatever the criterion.
+
+    Args:
+        kind: any of `TARGETS` but "latency" and "dead", which are known only when it comes to it.
+    """
+    if kind in ("latency", "dead"):
+        raise ValueError(f"kind: expected a target that can be known beforehand, found {kind!r}")
+    dense = dense or baseline(model, example_inputs)
+    layers, _, neurons = prunable_layers(model, example_inputs, limits, dense.sizes)
+    removals = {layer.name: layer.neurons(range(sum(layer.portions))) for layer in layers}
+    trial = copy.deepcopy(model)
+    prune_neurons(trial, example_inputs, removals)
+    report = flop_report(trial, example_inputs)
+    return measure(kind, report.flops, report.params, neurons - sum(map(len, removals.values())), dense)
+
+
+def check_target(
+    model: nn.Module, example_inputs: Any, kind: str, value: float, limits: Limits, dense: Baseline | None = None
+) -> None:
+    """Refuses, before any training, a target that no choice of neurons can reach.
+
+    Latency and ``dead`` are known only later.
+
+    Raises:
+        InputError: with the closest value that can be reached; or the limits name no layer.
+    """
+    if kind in ("latency", "dead"):
+        prunable_layers(model, example_inputs, limits, {})
+        return
+    closest = reachable(model, example_inputs, kind, limits, dense)
+    if not reached(kind, closest, value):
+        bound = "at least" if kind in KEPT_TARGETS else "at most"
+        raise InputError(
+            f"prune.target.{kind}: expected {bound} {closest:.4f}, which is as far as ignored, round_to and "
+            f"max_pruning_ratio allow, found {value:g}"
+        )
+
+
+def plan_removal(
+    model: nn.Module,
+    example_inputs: Any,
+    importance: Callable[[tp.dependency.Group], Tensor | None],
+    kind: str,
+    value: float = 1.0,
+    *,
+    scope: str = "local",
+    limits: Limits = Limits(),
+    dense: Baseline | None = None,
+    dying: Mapping[str, Tensor] | None = None,
+) -> Plan:
+    """Chooses neurons so that a target is just reached: with one removal step less it would not be.
+
+    Neurons that are dead on the observed samples go first, in every scope. Then, by scope: "local" takes equal shares
+    of all layers, "global" ranks all neurons by score, "isomorphic" takes equal shares of each class of like groups
+    and ranks within the class, "cost_aware" ranks all neurons by ``score / saved ** 0.7`` with what the removal of each
+    saves: FLOPs (also for latency) or parameters of the network as it is now; where neurons count, as "global".
+
+    Args:
+        model: the network as it is now.
+        example_inputs: as Torch-Pruning takes them.
+        importance: a `DyingNeuronImportance` that has observed this model, or any Torch-Pruning criterion.
+        kind: one of `TARGETS`.
+        value: share kept ("flops", "params", "latency") or removed ("neuron_sparsity", "weight_sparsity").
+        scope: one of `SCOPES`.
+        limits: what may be taken.
+        dense: the dense model's `baseline`; this model by default.
+        dying: root layer -> neurons that go as the dead ones do, bool, shape [n].
+
+    Raises:
+        TargetError: the target cannot be reached; with the closest value, and the plan that reaches it.
+        ValueError: an argument is unknown.
+    """
+    if kind not in TARGETS:
+        raise ValueError(f"kind: expected one of {', '.join(TARGETS)}, found {kind!r}{did_you_mean(kind, TARGETS)}")
+    if scope not in SCOPES:
+        raise ValueError(f"scope: expected one of {', '.join(SCOPES)}, found {scope!r}{did_you_mean(scope, SCOPES)}")
+    if kind == "dead" and not isinstance(importance, DyingNeuronImportance):
+        raise ValueError("kind: 'dead' needs a DyingNeuronImportance, which observes what is dead")
+    dense = dense or baseline(model, example_inputs, keep_model=kind == "latency")
+    layers, skipped, neurons = prunable_layers(model, example_inputs, limits, dense.sizes)
+    zero: dict[str, Tensor] = {}
+    dead_in: dict[str, int] = {}
+    steps: list[Step] = []
+    for index, layer in enumerate(layers):
+        verdict = importance.verdict(layer.group) if isinstance(importance, DyingNeuronImportance) else None
+        scores = importance(layer.group)
+        if scores is None:
+            reasons = importance.skipped if isinstance(importance, DyingNeuronImportance) else {}
+            skipped.append((layer.name, reasons.get(layer.name, "the criterion gives it no score")))
+            continue
+        is_dead = verdict.dead if verdict is not None else torch.zeros(layer.size, dtype=torch.bool)
+        if dying is not None and layer.name in dying:
+            is_dead = is_dead | dying[layer.name]
+        if verdict is not None:
+            if inexact_reason(layer.group) is None:
+                zero[layer.name] = layer.whole(verdict.zero)
+            dead_in[layer.name] = int(is_dead.sum())
+        steps += layer_steps(index, layer, scores, is_dead)
+    report = flop_report(model, example_inputs)
+    savings = savings_of(model, report, layers, kind) if scope == "cost_aware" else [1.0] * len(layers)
+    steps = ordered(steps, layers, scope, savings)
+
+    cost = CostModel(model, report)
+    predicted, left = [measure(kind, cost.flops, cost.params, neurons, dense)], neurons
+    for step in steps:
+        taken = len(step.offsets) * layers[step.layer].blocks
+        cost.remove({key: count * taken for key, count in layers[step.layer].effect.items()})
+        left -= taken
+        predicted.append(measure(kind, cost.flops, cost.params, left, dense))
+
+    def removals(count: int) -> dict[str, list[int]]:
+        chosen: dict[str, list[int]] = {}
+        for step in steps[:count]:
+            layer = layers[step.layer]
+            chosen.setdefault(layer.name, []).extend(layer.neurons(step.offsets))
+        return {name: sorted(chosen[name]) for name in sorted(chosen)}
+
+    def measured(count: int) -> float:
+        if kind == "neuron_sparsity":
+            return predicted[count]
+        trial = copy.deepcopy(model)
+        prune_neurons(trial, example_inputs, removals(count))
+        if kind == "latency":
+            assert dense.model is not None
+            before, after = latencies([dense.model, trial], example_inputs)
+            return after / before
+        report = flop_report(trial, example_inputs)
+        return measure(kind, report.flops, report.params, 0, dense)
+
+    unreachable: TargetError | None = None
+    try:
+        if kind == "dead":
+            count = sum(step.dead for step in steps)
+            achieved = predicted[count]
+            taken_from = removals(count)
+            for name, number in dead_in.items():
+                stay = number - len(taken_from.get(name, []))
+                if stay:
+                    skipped.append(
+                        (name, f"{stay} of {number} dead neurons stay: round_to, max_pruning_ratio or channel groups")
+                    )
+        elif kind == "latency":
+            count, achieved = _bisect(len(steps), value, measured)
+        else:
+            count, achieved = _first_reached(kind, predicted, value, measured)
+    except TargetError as error:
+        unreachable, count, achieved = error, len(steps), error.closest
+    chosen = removals(count)
+    plan = Plan(
+        chosen,
+        kind,
+        value,
+        achieved,
+        neurons,
+        dense.neurons,
+        sum(dead_in.values()) if isinstance(importance, DyingNeuronImportance) else None,
+        {name: [i for i in gone if name in zero and zero[name][i]] for name, gone in chosen.items()},
+        skipped,
+        {layer.name: layer.size for layer in layers},
+    )
+    if unreachable is not None:
+        raise TargetError(str(unreachable), achieved, plan) from unreachable
+    return plan
+
+
+def _first_reached(
+    kind: str, predicted: Sequence[float], value: float, measured: Callable[[int], float]
+) -> tuple[int, float]:
+    """The first removal step at which the target is met, by prediction corrected with measurements."""
+    last, error = len(predicted) - 1, 0.0
+    missed, met, best = -1, last + 1, 0.0  # the target is missed up to here, met from here on
+    while True:
+        guess = next((k for k in range(last + 1) if reached(kind, predicted[k] + error, value)), last)
+        count = min(max(guess, missed + 1), met - 1)
+        found = measured(count)
+        error = found - predicted[count]
+        if reached(kind, found, value):
+            met, best = count, found
+        elif count == last:
+            raise unreachable_error(kind, found, value)
+        else:
+            missed = count
+        if met - 1 == missed or (met <= last and not reached(kind, predicted[met - 1] + error, value)):
+            return met, best
+
+
+def _bisect(last: int, value: float, measured: Callable[[int], float]) -> tuple[int, float]:
+    """The fewest removal steps whose measured latency meets the target; timings are not monotone, so approximately."""
+    low, high, best = 0, last, measured(last)
+    if best > value:
+        raise unreachable_error("latency", best, value)
+    while high - low > max(1, last // 256):
+        middle = (low + high) // 2
+        found = measured(middle)
+        if found <= value:
+            high, best = middle, found
+        else:
+            low = middle
+    return high, best

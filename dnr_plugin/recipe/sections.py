@@ -1,0 +1,397 @@
+"""Every option of a recipe: its type, range, default and meaning."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Schedule = Literal["constant", "cosine", "linear", "one_cycle"]
+
+
+class Section(BaseModel):
+    """Unknown keys, silent conversions, NaN and infinity are refused everywhere."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
+
+
+def _scheduled(what: str, highest: str, default: Schedule) -> Any:
+    """The field of a schedule; `pressure.scheduled` has the formulas."""
+    return Field(
+        default=default,
+        description=f"{what} per step: constant; linear or cosine, down from {highest} to zero; "
+        f"one_cycle, up from 4 % to {highest} at 30 % of the steps, then down to zero",
+    )
+
+
+class ModelOptions(Section):
+    name: str = Field(
+        description="resnet18, resnet20, resnet56, vgg16_bn, mlp; torchvision.NAME for any torchvision classification "
+        "model; module:function for a builder of your own"
+    )
+    num_classes: int | None = Field(
+        default=None, ge=2, description="outputs; by default the number of classes in the data"
+    )
+    width: int | None = Field(
+        default=None, ge=1, description="channels of the first stage of a built-in network (ResNet-18: 64)"
+    )
+    stem: Literal["cifar", "imagenet"] | None = Field(
+        default=None,
+        description="resnet18 only: 3x3 convolution for small images (default), or 7x7 stride 2 and max-pooling",
+    )
+    activation: Literal["relu", "leaky_relu", "silu", "gelu"] | None = Field(
+        default=None,
+        description="replaces the activations between the layers of any network, modules and function calls, but not "
+        "gates (sigmoid, softmax, ...); by default relu in built-in networks, and the others as they are",
+    )
+    negative_slope: float | None = Field(default=None, ge=0.0, description="leaky_relu only; 0.01 by default")
+    hidden: list[Annotated[int, Field(ge=1)]] | None = Field(
+        default=None, min_length=1, description="mlp only: units of each hidden layer"
+    )
+    kwargs: dict[str, Any] = Field(default={}, description="further arguments of a torchvision builder or of your own")
+    checkpoint: str | None = Field(
+        default=None, description="a state_dict file (.pt, .pth, .safetensors), loaded without running code from it"
+    )
+
+
+class DataOptions(Section):
+    name: Literal["shapes", "cifar10", "cifar100", "mnist", "imagefolder"] = Field(
+        description="shapes is drawn by this package and needs no files; the others are torchvision's"
+    )
+    root: str | None = Field(default=None, description="folder of the data set; needed by all but shapes")
+    download: bool = Field(default=False, description="let torchvision download what is missing")
+    train_size: int | None = Field(
+        default=None, ge=1, description="use this many training images, drawn by the seed; all by default"
+    )
+    test_size: int | None = Field(
+        default=None, ge=1, description="use this many test images, drawn by the seed; all by default"
+    )
+    image_size: int | None = Field(
+        default=None, ge=8, description="side of the images in pixels (imagefolder: 224, shapes: 32)"
+    )
+    augment: list[Literal["flip", "crop", "cutout"]] = Field(
+        default=[],
+        description="flip: mirror half; crop: pad by an eighth and crop; cutout: blank a square of half the side",
+    )
+    workers: int | None = Field(default=None, ge=0, description="imagefolder only: processes that decode images; 2")
+
+    @model_validator(mode="after")
+    def _each_once(self) -> DataOptions:
+        if len(set(self.augment)) < len(self.augment):
+            raise ValueError(f"augment: expected each of them once, found {', '.join(self.augment)}")
+        return self
+
+
+class BatchNormL1Options(Section):
+    strength: float = Field(
+        ge=0.0,
+        description="highest weight of the sum of the scales' magnitudes; counts as part of the loss, so it is "
+        "clipped with it",
+    )
+    schedule: Schedule = _scheduled("strength", "full strength", "one_cycle")
+
+
+class NoiseOptions(Section):
+    std: float = Field(
+        ge=0.0,
+        description="highest standard deviation, the same for every element of every gradient; drawn from "
+        "seed, epoch and step alone, differently on CPU and GPU",
+    )
+    schedule: Schedule = _scheduled("standard deviation", "std", "constant")
+    when: Literal["before_clipping", "after_clipping"] = Field(
+        default="before_clipping",
+        description="before_clipping: clip_norm bounds gradient and noise together; "
+        "after_clipping: noise comes on top of it; the same without clip_norm",
+    )
+    neurons: Literal["all", "live"] = Field(
+        default="all",
+        description="live: none on the weights and BatchNorm scales of neurons that were dead at the last check, so "
+        "that noise does not wake them; in train only, where checks tell which these are",
+    )
+
+
+class PressureOptions(Section):
+    weight_decay_schedule: Schedule = _scheduled("weight_decay", "weight_decay", "constant")
+    bn_l1: BatchNormL1Options | None = Field(default=None, description="L1 penalty on the scales of BatchNorm layers")
+    noise: NoiseOptions | None = Field(default=None, description="normal noise added to the gradients")
+
+
+class TrainOptions(Section):
+    epochs: int = Field(ge=0, description="passes over the training images")
+    batch_size: int = Field(default=128, ge=2, description="images per step")
+    optimizer: Literal["sgd", "adam", "adamw"] = Field(default="sgd", description="torch.optim's")
+    lr: float = Field(default=0.1, gt=0.0, description="highest learning rate")
+    momentum: float | None = Field(default=None, ge=0.0, lt=1.0, description="sgd only; 0.9 by default")
+    nesterov: bool = Field(default=False, description="sgd only; needs momentum")
+    weight_decay: float = Field(default=5e-4, ge=0.0, description="on every parameter")
+    schedule: Schedule = _scheduled("learning rate", "lr", "cosine")
+    warmup_epochs: float = Field(default=0.0, ge=0.0, description="linear rise of the learning rate at the start")
+    clip_norm: float | None = Field(
+        default=None, gt=0.0, description="largest norm of the gradient; no clipping by default"
+    )
+    label_smoothing: float = Field(default=0.0, ge=0.0, lt=1.0, description="of the cross-entropy")
+    amp: bool = Field(default=False, description="bfloat16 autocast; with channels_last, what a GPU wants")
+    pressure: PressureOptions = Field(default=PressureOptions(), description="what makes neurons die; off by default")
+
+    @model_validator(mode="after")
+    def _combinations(self) -> TrainOptions:
+        if self.momentum is not None and self.optimizer != "sgd":
+            raise ValueError(f"momentum: expected nothing for {self.optimizer}, found {self.momentum:g}")
+        if self.nesterov and (self.optimizer != "sgd" or self.momentum == 0.0):
+            raise ValueError(f"nesterov: expected sgd with momentum above 0, found {self.optimizer}, {self.momentum}")
+        if self.epochs and self.warmup_epochs >= self.epochs:
+            raise ValueError(f"warmup_epochs: expected less than epochs ({self.epochs}), found {self.warmup_epochs:g}")
+        if self.schedule == "one_cycle" and self.warmup_epochs:
+            raise ValueError("warmup_epochs: expected 0 with schedule one_cycle, which has a rise of its own")
+        return self
+
+
+class FinetuneOptions(TrainOptions):
+    lr: float = Field(default=0.01, gt=0.0, description="highest learning rate")
+
+
+class TargetOptions(Section):
+    """Exactly one of them."""
+
+    flops: float | None = Field(default=None, gt=0.0, lt=1.0, description="share of the FLOPs that is kept")
+    params: float | None = Field(default=None, gt=0.0, lt=1.0, description="share of the parameters that is kept")
+    latency: float | None = Field(
+        default=None, gt=0.0, lt=1.0, description="share of the latency of a batch of 8 that is kept, measured"
+    )
+    neuron_sparsity: float | None = Field(
+        default=None, gt=0.0, lt=1.0, description="share of the neurons that is removed"
+    )
+    weight_sparsity: float | None = Field(
+        default=None, gt=0.0, lt=1.0, description="share of the parameters that is removed"
+    )
+    dead: bool | None = Field(default=None, description="true: remove what is dead, and nothing else")
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> TargetOptions:
+        given = [name for name, value in self if value is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"expected exactly one of {', '.join(type(self).model_fields)}, found {', '.join(given) or 'none'}"
+            )
+        if self.dead is False:
+            raise ValueError("dead: expected true, found false")
+        return self
+
+    @property
+    def kind(self) -> str:
+        return next(name for name, value in self if value is not None)
+
+    @property
+    def value(self) -> float:
+        return float(getattr(self, self.kind))
+
+
+class ObserveOptions(Section):
+    samples: int = Field(
+        default=2048,
+        ge=1,
+        description="training images on which activations are read; after training not augmented",
+    )
+    min_samples: int = Field(default=1536, ge=1, description="a neuron is judged dead on no fewer images than this")
+    share: float = Field(
+        default=0.125, gt=0.0, le=1.0, description="share of each batch that means, rates and histograms read"
+    )
+    threshold: float = Field(default=0.0, ge=0.0, description="a neuron fires where its activation exceeds this")
+    bins: int = Field(
+        default=16, ge=2, le=64, description="bins of the activation histogram: one for silent, the others octaves"
+    )
+
+    @model_validator(mode="after")
+    def _enough(self) -> ObserveOptions:
+        if self.min_samples > self.samples:
+            raise ValueError(f"min_samples: expected at most samples ({self.samples}), found {self.min_samples}")
+        return self
+
+
+class DynamicsOptions(Section):
+    check_every: float = Field(default=1.0, gt=0.0, description="epochs from one check of the neurons to the next")
+    warmup_epochs: float = Field(default=1.0, ge=0.0, description="no neuron becomes a candidate before this epoch")
+    patience: int = Field(
+        default=2,
+        ge=0,
+        description="checks that a candidate stays, zeroed but trained, before it is removed; 0: none; at the "
+        "last check all go that a target needs",
+    )
+    zero: bool = Field(
+        default=True, description="zero the candidates; false: let them work on until they are removed or restored"
+    )
+    ramp: Literal["linear", "cubic", "at_once"] = Field(
+        default="cubic",
+        description="how the target is approached from warm-up on: linear in equal parts; cubic, much at first "
+        "(1 - (1 - t)^3); at_once, all at the first check; of no effect on target dead",
+    )
+    margin: float = Field(
+        default=2.0,
+        ge=1.0,
+        description="a candidate that was alive is restored once it would stay even if this many times as much were to "
+        "go; 1: as soon as another ranks below it",
+    )
+    until: float = Field(
+        default=0.6,
+        gt=0.0,
+        le=1.0,
+        description="share of train.epochs at which the target is met and removal ends; the rest fine-tunes",
+    )
+    remove_at: list[Annotated[float, Field(gt=0.0)]] | None = Field(
+        default=None,
+        min_length=1,
+        description="remove only at the first check from each of these epochs on; by default at every check",
+    )
+    max_share: float = Field(
+        default=0.25,
+        gt=0.0,
+        le=1.0,
+        description="largest share of a layer that becomes candidates at one check but the last",
+    )
+    dying_entropy: float | None = Field(
+        default=None,
+        gt=0.0,
+        description="a neuron whose activation histogram has at most this entropy (bits), and less than at the check "
+        "before, is dying: a candidate like a dead one; by default only dead ones are",
+    )
+
+
+class PruneOptions(Section):
+    mode: Literal["after_training", "dynamic", "watch"] = Field(
+        default="after_training",
+        description="after_training: train, remove, fine-tune; dynamic: remove while training what does not come back; "
+        "watch: remove nothing, record which neurons die and come back",
+    )
+    target: TargetOptions | None = Field(
+        default=None, description="what to reach: exactly one key; needed by every mode but watch"
+    )
+    dynamics: DynamicsOptions = Field(
+        default=DynamicsOptions(),
+        description="when to look at the neurons while training, and what to remove in mode dynamic",
+    )
+    score: str | None = Field(
+        default=None,
+        description="what ranks the neurons, low ones first, dead ones before all: redundancy (after_training only, "
+        "and its default), variation (the default of dynamic), contribution, magnitude, dormancy, firing_rate, "
+        "sample_activity, entropy or on_off_entropy",
+    )
+    scope: Literal["local", "global", "isomorphic", "cost_aware"] | None = Field(
+        default=None,
+        description="rank within each layer (local), over the whole network (global), among layers of like structure, "
+        "or over the whole network by score for what the removal saves (cost_aware); by default cost_aware with "
+        "redundancy and local with other scores",
+    )
+    repair: bool = Field(
+        default=True,
+        description="after_training only: fit the layers that are left, in closed form, to what the dense network's "
+        "gave",
+    )
+    repair_samples: int = Field(
+        default=4096, ge=64, description="training images for it, augmented as in training; fewer where they are large"
+    )
+    repair_pairs: bool = Field(
+        default=False,
+        description="after_training only: also fit layers by what the next one makes of them; takes three times as "
+        "long",
+    )
+    prior: float = Field(
+        default=0.0,
+        ge=0.0,
+        description="after_training only: scores are multiplied with the share of checks at which a neuron was alive "
+        "while the network trained, to this power; 0: its past does not count",
+    )
+    steps: int = Field(
+        default=1, ge=1, le=1000, description="after_training only: observe and remove in this many equal steps"
+    )
+    round_to: int | None = Field(default=None, ge=2, description="keep a multiple of this many channels in every layer")
+    max_pruning_ratio: float = Field(default=0.9, gt=0.0, le=1.0, description="largest share taken from one layer")
+    ignored: list[str] = Field(default=[], description="layers left alone, by name or shell pattern (layer4.*)")
+    fold: bool = Field(
+        default=True,
+        description="move a removed neuron's mean into the next bias or BatchNorm; where recalibrate follows, it takes "
+        "the place of this behind a BatchNorm",
+    )
+    recalibrate: int | None = Field(
+        default=None,
+        ge=0,
+        description="after_training only: training images on which BatchNorm statistics are taken anew; 0: none; by "
+        "default 2048 without repair, and none with it, which fits them as well",
+    )
+    observe: ObserveOptions = Field(
+        default=ObserveOptions(),
+        description="how activations are read: on training images after training, or on the last training batches "
+        "before each check",
+    )
+
+    @property
+    def criterion(self) -> str:
+        """The score that ranks the neurons."""
+        return self.score or ("redundancy" if self.mode == "after_training" else "variation")
+
+    @property
+    def ranking(self) -> str:
+        """Among which neurons they are ranked."""
+        return self.scope or ("cost_aware" if self.criterion == "redundancy" else "local")
+
+    @property
+    def recalibration(self) -> int:
+        """Images on which BatchNorm statistics are taken anew."""
+        default = 0 if self.repair else 2048
+        return default if self.recalibrate is None else self.recalibrate
+
+    @model_validator(mode="after")
+    def _dead_at_once(self) -> PruneOptions:
+        if self.target is not None and self.target.dead and self.steps > 1:
+            raise ValueError(f"steps: expected 1 with target dead, which has no steps, found {self.steps}")
+        if self.steps > 1 and self.recalibrate == 0 and not self.repair:
+            raise ValueError(
+                "recalibrate: expected above 0, or repair, with several steps, which observe in between, found 0"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _only_what_the_mode_uses(self) -> PruneOptions:
+        if (self.target is None) != (self.mode == "watch"):
+            expected = "nothing with mode watch" if self.target else f"one with mode {self.mode}"
+            raise ValueError(f"target: expected {expected}, found {self.target.kind if self.target else 'nothing'}")
+        unused = {
+            "after_training": [],
+            "dynamic": ["steps", "recalibrate", "repair", "repair_samples", "repair_pairs", "prior"],
+            "watch": [
+                "steps",
+                "recalibrate",
+                "repair",
+                "repair_samples",
+                "repair_pairs",
+                "prior",
+                "fold",
+                "score",
+                "scope",
+                "round_to",
+                "max_pruning_ratio",
+                "ignored",
+            ],
+        }[self.mode]
+        for name in unused:
+            value = getattr(self, name)
+            if value != type(self).model_fields[name].default:
+                found = ", ".join(value) if isinstance(value, list) else str(value).lower()
+                raise ValueError(f"{name}: expected nothing with mode {self.mode}, found {found}")
+        if self.mode == "dynamic" and self.score == "redundancy":
+            raise ValueError("score: expected another with mode dynamic, which has no repair, found redundancy")
+        for name in ("repair_samples", "repair_pairs"):
+            value = getattr(self, name)
+            if value != type(self).model_fields[name].default and not self.repair:
+                raise ValueError(f"{name}: expected nothing without repair, found {str(value).lower()}")
+        given = [name for name, value in self.dynamics if value != DynamicsOptions.model_fields[name].default]
+        if self.mode != "dynamic" and set(given) - {"check_every"}:
+            found = ", ".join(name for name in given if name != "check_every")
+            raise ValueError(f"dynamics: expected check_every alone with mode {self.mode}, found {found}")
+        if self.mode == "dynamic" and self.target is not None and self.target.kind == "latency":
+            raise ValueError(
+                "target: expected another than latency with mode dynamic, whose timings could not be resumed, found "
+                "latency"
+            )
+        if self.mode == "dynamic" and self.fold is False and self.dynamics.patience and self.dynamics.zero:
+            raise ValueError("fold: expected nothing where candidates are zeroed, found false")
+        return self

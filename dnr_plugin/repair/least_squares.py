@@ -1,0 +1,177 @@
+"""Least squares with a pull towards the weights as they are, whose strength held-out rows choose."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from dnr_plugin.linalg import factor, outer_products
+
+_DAMPINGS = (1e-7, 1e-3, 1e-2, 1e-1, 1.0)  # shares of the inputs' mean variance
+HELD_OUT = 0.25  # share of the images that chooses among them
+_TRIED = 128  # outputs that they are tried with, at most
+_RECTIFIED = 3  # rounds in which outputs below zero are let go
+
+
+@dataclass
+class Task:
+    """Least squares for outputs that read the same inputs: all of a layer, or a group of a grouped convolution.
+
+    Attributes:
+        x: inputs, shape [R, in]; changed in place while fitting, by up to rounding.
+        goal: what should come out once ``other`` is added, shape [R, out].
+        other: what is added, shape [R, out].
+        weights, constants: float64, shapes [out, in] and [out].
+        constant: whether the constants may change.
+        rectified: whether what is below zero counts as zero.
+        damping: that they were fitted with; None where they are as they were.
+    """
+
+    x: Tensor
+    goal: Tensor
+    other: Tensor
+    weights: Tensor
+    constants: Tensor
+    constant: bool
+    rectified: bool
+    damping: float | None = None
+
+    def fitted(self, lacks: float) -> Task:
+        """Chooses a damping on the last rows and fits to all of them.
+
+        Args:
+            lacks: `lacking` of the outputs as they are.
+
+        Returns:
+            This task where the last rows lose by every fit, or all rows together.
+        """
+        center = self.x.mean(0) * self.constant  # means that are large would drown the moments in rounding
+        shift = center.double()
+        self.x.sub_(center)
+        centered = replace(self, constants=self.constants + self.weights @ shift)._fitted()
+        self.x.add_(center)
+        fit = replace(centered, constants=centered.constants - centered.weights @ shift)
+        if fit.damping is None or fit.lacking(fit.outputs()) >= lacks:
+            return self
+        return fit
+
+    def _fitted(self) -> Task:
+        share = max(1, round(len(self.x) * (1.0 - HELD_OUT)))
+        fitted, held = slice(None, share), slice(share, None)
+        y = self.goal - self.other
+        first, rest = _Moments.of(self.x[fitted], y[fitted]), _Moments.of(self.x[held], y[held])
+        some = slice(None, None, -(-len(self.weights) // _TRIED))
+        damping = self._part(held, some)._damping_by(replace(first, yx=first.yx[some]))
+        if damping is None:
+            return self
+        moments = first + rest
+        solver = _Solver(moments, self.weights, self.constant)
+        weights, constants = solver.solve(moments, damping, self.constants)
+        for _ in range(_RECTIFIED if self.rectified else 0):
+            # below zero the outputs need not agree, only stay below
+            free = torch.minimum(self._outputs(weights, constants), -self.other)
+            moments = moments.towards(self.x, torch.where(self.goal <= 0, free, y))
+            weights, constants = solver.solve(moments, damping, self.constants)
+        return replace(self, weights=weights, constants=constants, damping=damping)
+
+    def _part(self, rows: slice, outputs: slice) -> Task:
+        return replace(
+            self, x=self.x[rows], goal=self.goal[rows, outputs], other=self.other[rows, outputs],
+            weights=self.weights[outputs], constants=self.constants[outputs],
+        )  # fmt: skip
+
+    def _damping_by(self, moments: _Moments) -> float | None:
+        """The damping with which a fit to other rows, of these moments, serves this task best; None where none does."""
+        solver = _Solver(moments, self.weights, self.constant)
+
+        def loses(damping: float) -> float:
+            return self.lacking(self._outputs(*solver.solve(moments, damping, self.constants)))
+
+        damping, least = _first_minimum(loses, _DAMPINGS)
+        return damping if least < self.lacking(self.outputs()) else None
+
+    def outputs(self) -> Tensor:
+        """What comes out of the rows before anything is added, shape [R, out]."""
+        return self._outputs(self.weights, self.constants)
+
+    def _outputs(self, weights: Tensor, constants: Tensor) -> Tensor:
+        return self.x @ weights.T.to(self.x) + constants.to(self.x)
+
+    def lacking(self, outputs: Tensor) -> float:
+        """Sum of squares of what outputs lack."""
+        found, goal = outputs + self.other, self.goal
+        if self.rectified:
+            found, goal = found.relu(), goal.relu()
+        return float((found - goal).square().sum(1).double().sum())
+
+    @property
+    def variance(self) -> float:
+        """Sum of squares of the goal around its mean."""
+        goal = self.goal.relu() if self.rectified else self.goal
+        return float((goal - goal.mean(0)).double().square().sum())
+
+
+def _first_minimum(of: Callable[[float], float], values: Sequence[float]) -> tuple[float, float]:
+    """Goes downhill from the middle of some values; the last of them, and what it comes to."""
+    found: dict[int, float] = {}
+
+    def at(k: int) -> float:
+        if not 0 <= k < len(values):
+            return math.inf
+        if k not in found:
+            found[k] = of(values[k])
+        return found[k]
+
+    k = len(values) // 2
+    way = 1 if at(k + 1) < at(k) else -1
+    while at(k + way) < at(k):
+        k += way
+    return values[k], at(k)
+
+
+@dataclass
+class _Moments:
+    """Sums over rows of x and y, with a constant 1 appended to x: [in + 1, in + 1] and [out, in + 1]."""
+
+    xx: Tensor
+    yx: Tensor
+    rows: int
+
+    @classmethod
+    def of(cls, x: Tensor, y: Tensor) -> _Moments:
+        return cls(outer_products(x, x), outer_products(y, x)[:-1], len(x))
+
+    def towards(self, x: Tensor, y: Tensor) -> _Moments:
+        """The same inputs with other goals."""
+        return _Moments(self.xx, outer_products(y, x)[:-1], self.rows)
+
+    def __add__(self, other: _Moments) -> _Moments:
+        return _Moments(self.xx + other.xx, self.yx + other.yx, self.rows + other.rows)
+
+
+class _Solver:
+    """Least squares with a pull towards the weights as they are, for several dampings and goals."""
+
+    def __init__(self, moments: _Moments, start: Tensor, constant: bool) -> None:
+        self.start, self.constant = start, constant
+        self.mean = moments.xx[:-1, -1] / moments.rows * constant
+        self.second = moments.xx[:-1, :-1] / moments.rows - torch.outer(self.mean, self.mean)
+        self.explained = start @ self.second
+        self.factors: dict[float, Tensor] = {}
+
+    def solve(self, moments: _Moments, damping: float, constants: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights [out, in] and constants [out]: those given, where they may not change."""
+        if damping not in self.factors:
+            self.factors[damping] = factor(self.second, damping)
+        goal = moments.yx[:, -1] / moments.rows
+        cross = moments.yx[:, :-1] / moments.rows
+        if self.constant:
+            cross = cross - torch.outer(goal, self.mean)
+        else:
+            cross = cross - torch.outer(constants, moments.xx[:-1, -1] / moments.rows)
+        weights = self.start + torch.cholesky_solve((cross - self.explained).T, self.factors[damping]).T
+        return weights, goal - weights @ self.mean if self.constant else constants

@@ -1,0 +1,131 @@
+"""What the layers of a dense network give on some images, towards which pruned ones are repaired."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dnr_plugin.errors import InputError
+from dnr_plugin.network.calling import call, kept_modes, module_names
+from dnr_plugin.network.flow import Calls, Site, trace_sites
+from dnr_plugin.network.kinds import consumer, kind_of
+from dnr_plugin.repair.places import CHUNK, Places
+
+_EACH, _PER_UNKNOWN = 16, 1.5  # places of each image, and for each weight of an output, at which layers are compared
+
+
+class Reference:
+    """What the layers of a dense network give on some images, at the places where repaired networks are compared.
+
+    One reference serves any number of networks that were pruned from the dense one; `repair_network` makes its own.
+
+    Args:
+        dense: the network before anything was removed; not to be changed afterwards.
+        example_inputs: as Torch-Pruning takes them.
+        images: a batch of inputs like those of training, on the device, or many; read as far as ``memory`` goes.
+        rows: places, of all images together, at which a layer's outputs are compared; by default 16 of each image, as
+            far as ``memory`` goes, but at least one and a half times the weights of an output of the pruned layer.
+        memory: bytes of the largest output of a layer, and of what is read of one. A pruned model runs on all images
+            at once.
+        seed: draws the places.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        dense: nn.Module,
+        example_inputs: Any,
+        images: Tensor | Iterable[Tensor],
+        *,
+        rows: int | None = None,
+        memory: int = 2**29,
+        seed: int = 0,
+    ) -> None:
+        self.dense, self.example = dense, example_inputs
+        self.sites = trace_sites(dense, example_inputs)
+        most = memory // (4 * max(site.size for site in self.sites.values()))
+        self.images = _some([images] if isinstance(images, Tensor) else images, most)
+        modules = {name: module for module, name in module_names(dense).items()}
+        self.rows, self.memory = rows, memory
+        count = len(self.images)
+        self.places = {name: Places(f"{seed} {name}", self._each(modules[name]), count) for name in self.sites}
+        fitted = {name: site for name, site in self.sites.items() if kind_of(modules[name]).unrepaired is None}
+        self.targets = _targets(dense, fitted, self.places, self.images)
+
+    def _each(self, module: nn.Module) -> int:
+        """Places of an image at which a layer is compared."""
+        count, unknowns = len(self.images), max(1, kind_of(module).unknowns)
+        default = max(min(_EACH * count, self.memory // (4 * unknowns)), round(_PER_UNKNOWN * unknowns))
+        return max(1, (self.rows or default) // count)
+
+    def at(self, name: str, module: nn.Module) -> tuple[Places, Tensor]:
+        """The places at which a narrower ``module`` is compared with the layer ``name``, and the goals there, [R, out].
+
+        They are the first of the layer's own, in every image, as many as it still takes.
+        """
+        places, targets = self.places[name], self.targets[name]
+        there = copy.copy(places)
+        there.each = min(places.each, self._each(module))
+        return there, targets.view(len(self.images), -1, targets.shape[1])[:, : there.each].flatten(0, 1)
+
+
+def _some(batches: Iterable[Tensor], most: int) -> Tensor:
+    """The first images, at most so many, but one batch at least of 64."""
+    found: list[Tensor] = []
+    left = max(most, CHUNK)
+    for batch in batches:
+        found.append(batch[:left])
+        left -= len(found[-1])
+        if left == 0:
+            break
+    if not found:
+        raise InputError("images: expected at least one batch, found none")
+    return torch.cat(found)
+
+
+def _targets(
+    dense: nn.Module, sites: Mapping[str, Site], places: Mapping[str, Places], images: Tensor
+) -> dict[str, Tensor]:
+    """What each layer should give, in the dense network: rows of all images, [R, out]."""
+    modules = {name: module for module, name in module_names(dense).items()}
+    found: dict[str, list[Tensor]] = {name: [] for name in sites}
+    first = 0
+
+    def read(name: str, output: Tensor) -> None:
+        values = consumer(modules[name]).by_channel(output)
+        places[name].positions = values.shape[2]
+        found[name].append(places[name].pick(values, first))
+
+    wanted: dict[int, Callable[[Tensor], None]] = {}
+    handles = []
+    calls = Calls(wanted)
+
+    def after(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            with calls.paused():
+                read(name, output)
+
+        return hook
+
+    for name, site in sites.items():
+        if site.sum is not None:
+            wanted[site.sum] = partial(read, name)
+        else:
+            handles.append(modules[site.norm or name].register_forward_hook(after(name)))
+    try:
+        with kept_modes(dense):
+            dense.eval()
+            for first in range(0, len(images), 4 * CHUNK):
+                part = images[first : first + 4 * CHUNK]
+                calls.count = 0
+                with calls:
+                    call(dense, part)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: torch.cat(rows) for name, rows in found.items() if rows}

@@ -1,0 +1,106 @@
+"""FLOPs and parameters of each layer, dense against pruned."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dnr_plugin.models.saved import saved_model
+from dnr_plugin.network.cost import FlopReport, flop_report
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+
+NOTE = "FLOPs as fvcore counts them: one multiply-add is one FLOP; for one sample."
+
+
+def layer_rows(dense: FlopReport, pruned: FlopReport) -> list[dict[str, Any]]:
+    """One row per layer, dense against pruned, in the model's order."""
+    after = {layer.name: layer for layer in pruned.layers}
+    rows = []
+    for before in dense.layers:
+        now = after.get(before.name)
+        rows.append(
+            {
+                "name": before.name,
+                "type": before.type,
+                "channels_before": before.out_channels,
+                "channels_after": now.out_channels if now else 0,
+                "params_before": before.params,
+                "params_after": now.params if now else 0,
+                "flops_before": before.flops,
+                "flops_after": now.flops if now else 0,
+            }
+        )
+    return rows
+
+
+def report_model(folder: Path, shape: str | None, allow_import: bool) -> tuple[dict[str, Any], list[str]]:
+    """FLOPs and parameters per layer of a saved model against the dense model it came from, with notes.
+
+    Args:
+        folder: see `saved_model`, as the others.
+        shape: of one image.
+        allow_import: let the model's builder be imported.
+
+    Raises:
+        InputError: see `saved_model`.
+    """
+    from dnr_plugin.models.build import rebuild
+
+    model, builder, example = saved_model(folder, shape, allow_import)
+    dense, pruned = flop_report(rebuild(builder, allow_import), example), flop_report(model, example)
+    found: dict[str, Any] = {
+        "builder": builder,
+        "dense": {"params": dense.params, "flops": dense.flops},
+        "pruned": {"params": pruned.params, "flops": pruned.flops},
+        "kept": {"params": pruned.params / dense.params, "flops": pruned.flops / dense.flops},
+        "layers": layer_rows(dense, pruned),
+        "unsupported_ops": pruned.unsupported_ops,
+    }
+    uncounted = ", ".join(pruned.unsupported_ops) or "nothing"
+    notes = [
+        f"Kept {100 * found['kept']['params']:.2f} % of the parameters and {100 * found['kept']['flops']:.2f} % of the "
+        f"FLOPs for an image of {'x'.join(map(str, example.shape[1:]))}.",
+        f"Not counted by fvcore: {uncounted}. {NOTE}",
+    ]
+    return found, notes
+
+
+def layer_markdown(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The rows of `layer_rows` as a Markdown table."""
+    lines = ["| layer | type | channels | parameters | FLOPs |", "|---|---|---:|---:|---:|"]
+    for row in rows:
+        cells = [f"{row[f'{what}_before']:,} → {row[f'{what}_after']:,}" for what in ("channels", "params", "flops")]
+        lines.append(f"| {row['name'] or '(model)'} | {row['type']} | {' | '.join(cells)} |")
+    return lines
+
+
+def layer_table(rows: Sequence[Mapping[str, Any]], title: str = "") -> RenderableType:
+    """The layers for a terminal, with a line of sums."""
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", show_footer=True)
+    sums = {
+        f"{what}_{when}": sum(row[f"{what}_{when}"] for row in rows)
+        for what in ("params", "flops")
+        for when in ("before", "after")
+    }
+
+    def pair(values: Mapping[str, Any], what: str) -> str:
+        before, after = values[f"{what}_before"], values[f"{what}_after"]
+        return f"{before:,}" if before == after else f"{before:,} → {after:,}"
+
+    for column, footer, justify in (
+        ("layer", "total", "left"),
+        ("type", "", "left"),
+        ("channels", "", "right"),
+        ("parameters", pair(sums, "params"), "right"),
+        ("FLOPs", pair(sums, "flops"), "right"),
+    ):
+        table.add_column(column, footer=footer, justify=justify)  # type: ignore[arg-type]
+    for row in rows:
+        table.add_row(row["name"] or "(model)", row["type"], *(pair(row, w) for w in ("channels", "params", "flops")))
+    return table

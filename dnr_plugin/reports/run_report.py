@@ -1,0 +1,181 @@
+"""The figures of a run as JSON, Markdown, HTML and terminal tables."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dnr_plugin.files import atomic_write
+from dnr_plugin.reports.figures.drawing import save_figures
+from dnr_plugin.reports.figures.run import RUN_CAPTIONS, run_figures
+from dnr_plugin.reports.html import html_images, html_items, html_page, html_table
+from dnr_plugin.reports.layer_report import NOTE, layer_markdown
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.2f} %"
+
+
+def _count(value: float) -> str:
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:.3f} {unit}"
+    return f"{value:g}"
+
+
+def summary_rows(report: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+    """(measure, dense, pruned, pruned as a share of dense) for a run's report."""
+    dense, pruned, latency = report["dense"], report["pruned"], report.get("latency")
+    # a run that removes while it trains has no dense network to compare with
+    known = dense["accuracy"] is not None
+    change = f"{100 * (pruned['accuracy'] - dense['accuracy']):+.2f} points" if known else "-"
+    rows = [("accuracy", _percent(dense["accuracy"]), _percent(pruned["accuracy"]), change)]
+    if pruned["accuracy_before_finetune"] is not None:
+        rows.append(("accuracy before fine-tuning", "", _percent(pruned["accuracy_before_finetune"]), ""))
+    rows += [
+        ("parameters", _count(dense["params"]), _count(pruned["params"]), _percent(report["kept"]["params"])),
+        ("FLOPs", _count(dense["flops"]), _count(pruned["flops"]), _percent(report["kept"]["flops"])),
+    ]
+    if latency:
+        rows.append(
+            (
+                f"latency, batch {latency['batch']}",
+                f"{latency['dense_ms']:.2f} ms",
+                f"{latency['pruned_ms']:.2f} ms",
+                _percent(latency["ratio"]),
+            )
+        )
+    return rows
+
+
+def facts(report: Mapping[str, Any]) -> list[str]:
+    """What a reader should know beside the table, one sentence a line."""
+    target, dead, exact = report["target"], report["dead"], report["exact_removal"]
+    if target["kind"] is None:
+        lines = ["The run watched its neurons and removed none."]
+    else:
+        lines = [
+            f"Target {target['kind']}: {_value(target['requested'])} requested, {_value(target['achieved'])} achieved.",
+            f"Removed {_percent(report['sparsity']['neuron'])} of the neurons and "
+            f"{_percent(report['sparsity']['weight'])} of the parameters.",
+        ]
+    when = "before the removal" if report.get("mode", "after_training") == "after_training" else "at the last check"
+    found = f"{dead['neurons']} of {dead['of']} neurons were dead {when}"
+    if target["kind"] is None:
+        lines.append(f"{found}.")
+    elif exact["neurons"]:
+        lines.append(
+            f"{found}; removing {exact['neurons']} that were exactly zero changed the outputs by at most "
+            f"{exact['max_abs_diff']:.1e}."
+        )
+    else:
+        lines.append(f"{found}; no removed neuron was exactly zero.")
+    if (repair := report.get("repair")) is not None:
+        lines.append(
+            f"Repair fitted {repair['layers']} layers to the dense network's: on average they lacked "
+            f"{_percent(repair['error_before'])} of the variance of what they gave, {_percent(repair['error_after'])} "
+            "after it."
+        )
+        lines += [f"Repair left {layer} as it was: {reason}." for layer, reason in repair["left"]]
+    lines += _dynamics_facts(report.get("dynamics"), report.get("mode") == "dynamic")
+    if report["skipped"]:
+        named = "; ".join(f"{item['layer']} ({item['reason']})" for item in report["skipped"])
+        lines.append(f"Left alone: {named}.")
+    if report["unsupported_ops"]:
+        named = ", ".join(f"{name} ({times}x)" for name, times in report["unsupported_ops"].items())
+        lines.append(f"Not counted by fvcore: {named}.")
+    if left := report.get("activation", {}).get("left"):  # reports of earlier versions have none
+        name = report["activation"]["name"]
+        kinds = Counter(line.rpartition(" (")[2].removesuffix(")") for line in left)
+        counted = ", ".join(f"{times} {kind}" for kind, times in kinds.most_common())
+        lines.append(f"{f'Activations other than {name}' if name else 'Activations, left as they are'}: {counted}.")
+    seconds = report["seconds"]
+    lines.append(
+        f"Seed {report['seed']}, {report['device']}; {seconds['train']:.0f} s training, "
+        f"{seconds['prune']:.0f} s pruning, {seconds['finetune']:.0f} s fine-tuning. {NOTE}"
+    )
+    return lines
+
+
+def _dynamics_facts(dynamics: Mapping[str, Any] | None, removed: bool) -> list[str]:
+    """What the checks of a run found while it trained, and did if it removed."""
+    if not dynamics:
+        return []
+    lines = [
+        f"In {dynamics['checks']} checks while training, neurons died {dynamics['died']} times, dead ones were "
+        f"reactivated {dynamics['reactivated']} times"
+        + (
+            f", candidates were restored {dynamics['restored']} times, and {dynamics['removed']} were removed."
+            if removed
+            else "."
+        )
+    ]
+    if dynamics["stopped"] is not None:
+        lines.append(f"Removal stopped early: {dynamics['stopped']}.")
+    if dynamics["wall_clock_ratio"] is not None:
+        lines.append(
+            f"Training took {dynamics['wall_clock_ratio']:.2f} times what the same steps take on the dense network, "
+            "estimated from the epochs before the first removal."
+        )
+    return lines
+
+
+def _value(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else f"{value:.4g}"
+
+
+def markdown(report: Mapping[str, Any]) -> str:
+    """The report as Markdown: summary, facts, layers."""
+    lines = [f"# {report['name']}", "", "| | dense | pruned | pruned / dense |", "|---|---:|---:|---:|"]
+    lines += [f"| {' | '.join(row)} |" for row in summary_rows(report)]
+    lines += ["", *(f"- {fact}" for fact in facts(report)), "", "## Layers", ""]
+    lines += layer_markdown(report["layers"])
+    return "\n".join(lines) + "\n"
+
+
+def summary_table(report: Mapping[str, Any]) -> RenderableType:
+    """The summary for a terminal."""
+    from rich.table import Table
+
+    table = Table(title=report["name"], title_justify="left")
+    for column, justify in (("", "left"), ("dense", "right"), ("pruned", "right"), ("pruned / dense", "right")):
+        table.add_column(column, justify=justify)  # type: ignore[arg-type]
+    for row in summary_rows(report):
+        table.add_row(*row)
+    return table
+
+
+def write_report(folder: Path, report: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -> None:
+    """Writes ``report.json``, ``report.md``, ``plots/*.png`` and the self-contained ``report.html``."""
+    drawn = save_figures(run_figures(report, events), folder / "plots")
+    with atomic_write(folder / "report.json") as file:
+        json.dump(report, file, indent=1)
+        file.write("\n")
+    with atomic_write(folder / "report.md") as file:
+        file.write(markdown(report))
+    with atomic_write(folder / "report.html") as file:
+        file.write(_page(report, drawn))
+
+
+def _page(report: Mapping[str, Any], drawn: Sequence[Path]) -> str:
+    def pair(values: Mapping[str, Any], what: str) -> str:
+        return f"{values[f'{what}_before']:,} → {values[f'{what}_after']:,}"
+
+    layers = [
+        [row["name"] or "(model)", row["type"], *(pair(row, what) for what in ("channels", "params", "flops"))]
+        for row in report["layers"]
+    ]
+    return html_page(
+        report["name"],
+        html_table(["", "dense", "pruned", "pruned / dense"], summary_rows(report)),
+        html_items(facts(report)),
+        html_images(drawn, RUN_CAPTIONS),
+        "<h2>Layers</h2>",
+        html_table(["layer", "type", "channels", "parameters", "FLOPs"], layers),
+    )

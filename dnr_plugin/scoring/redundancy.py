@@ -1,0 +1,83 @@
+"""Redundancy of a group's neurons: what their consumers lose once the other neurons stand in for them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch_pruning as tp
+from torch import Tensor, nn
+
+from dnr_plugin.network.batchnorm import affine, norm_behind
+from dnr_plugin.network.kinds import consumer
+from dnr_plugin.scoring.brain_surgeon import Reader, damages
+from dnr_plugin.scoring.evidence import Evidence
+
+
+def readers(graph: tp.DependencyGraph, evidence: Sequence[Evidence]) -> list[Reader]:
+    """A group's consumers as `redundancy.damages` takes them.
+
+    Outputs count in units of what follows: behind a BatchNorm, as it scales them; else relative to their own spread.
+
+    Raises:
+        LookupError: neurons with different numbers of channels at one consumer.
+    """
+    return [reader for e in evidence for reader in _readers(graph, e)]
+
+
+def _readers(graph: tp.DependencyGraph, e: Evidence) -> list[Reader]:
+    module, moments = e.use.module, e.activity.moments
+    each = 1 if moments is None else moments.each
+    # too wide for moments: nothing is known of how its inputs go together
+    covariance = e.activity.variance.cpu() if moments is None else moments.mean_and_covariance()[1]
+    matrices = consumer(module).matrices(each)
+    scale = _scale(graph, module)
+    size = e.activity.channels // len(matrices)
+    found = []
+    for number, weights in enumerate(matrices):
+        inside = (e.use.channels // size) == number
+        if not inside.any():
+            continue
+        start = number * size
+        part = slice(start * each, (start + size) * each)
+        own = covariance[(part,) * covariance.dim()]
+        if scale is None:
+            explained = weights @ own if own.dim() == 2 else weights * own
+            spread = (explained * weights).sum(1).mean().clamp_min(1e-30).sqrt()
+            scaled = weights / spread
+        else:
+            outputs = scale.chunk(len(matrices))[number]
+            scaled = weights * outputs.repeat_interleave(len(weights) // len(outputs))[:, None]
+        neurons, counts = torch.unique(e.use.neurons[inside], return_counts=True)
+        if len(counts.unique()) > 1:
+            raise LookupError("its neurons have different numbers of channels at one layer")
+        order = e.use.neurons[inside].argsort(stable=True)
+        channels = (e.use.channels[inside] - start)[order].view(len(neurons), -1)
+        columns = (channels[:, :, None] * each + torch.arange(each)).flatten(1)
+        found.append(Reader(own, scaled, neurons, columns))
+    return found
+
+
+def _scale(graph: tp.DependencyGraph, module: nn.Module) -> Tensor | None:
+    """What a following BatchNorm multiplies each output with, float64, shape [out]; None where none follows."""
+    norm = norm_behind(graph, module)
+    if norm is None:
+        return None
+    return affine(norm)[0].abs().cpu()
+
+
+def redundancy(graph: tp.DependencyGraph, evidence: Sequence[Evidence], neurons: int) -> Tensor:
+    """What removing each neuron costs when the one that costs least always goes first, and others stand in for it.
+
+    Args:
+        graph: of the model.
+        evidence: every consumer of the group, with second moments.
+        neurons: n.
+
+    Returns:
+        Ascending in the order in which they go; >= 0, float64, shape [n].
+    """
+    order, costs = damages(readers(graph, evidence), neurons)
+    score = torch.empty(neurons, dtype=torch.float64)
+    score[order] = costs.cummax(0).values
+    return score

@@ -1,0 +1,66 @@
+"""Scores of neurons: each is read at every consumer of a dependency group and reduced over all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dnr_plugin.network.kinds import consumer
+from dnr_plugin.scoring.evidence import Evidence
+
+
+def _contribution(evidence: Evidence) -> Tensor:
+    return evidence.activity.mean_magnitude * consumer(evidence.use.module).norms().to(evidence.activity.total.device)
+
+
+def _variation(evidence: Evidence) -> Tensor:
+    norms = consumer(evidence.use.module).norms().to(evidence.activity.total.device)
+    return evidence.activity.variance.sqrt() * norms
+
+
+@dataclass(frozen=True)
+class Score:
+    """How a score is read at one consumer and reduced over all of them.
+
+    Attributes:
+        read: value per input channel of a consumer, >= 0, shape [in_channels]; None for redundancy, which takes all
+            consumers together (`consumers.redundancy`).
+        inside: reduction over the channels that carry one neuron at one consumer.
+        across: reduction over consumers, "max" or "sum".
+        formula: for the reader.
+    """
+
+    read: Callable[[Evidence], Tensor] | None
+    inside: str
+    across: str
+    formula: str
+
+
+SCORES: dict[str, Score] = {
+    "redundancy": Score(None, "sum", "sum", "error of the consumers' outputs once the other neurons stand in for it"),
+    "contribution": Score(_contribution, "sum", "sum", "mean |a| * ||consumer weights of the channel||_2"),
+    "variation": Score(_variation, "sum", "sum", "std(a) * ||consumer weights of the channel||_2"),
+    "magnitude": Score(lambda e: e.activity.mean_magnitude, "mean", "max", "mean |a|"),
+    "dormancy": Score(lambda e: e.activity.dormancy, "mean", "max", "mean |a| / the layer's mean of mean |a|"),
+    "firing_rate": Score(lambda e: e.activity.firing_rate, "mean", "max", "mean 1[a > theta]"),
+    "sample_activity": Score(lambda e: e.activity.sample_activity, "mean", "max", "mean over samples 1[max a > theta]"),
+    "entropy": Score(lambda e: e.activity.entropy, "mean", "max", "entropy of the activation histogram, bits"),
+    "on_off_entropy": Score(lambda e: e.activity.on_off_entropy, "mean", "max", "entropy of firing or not, bits"),
+}
+
+
+def score_neurons(name: str, evidence: Sequence[Evidence], neurons: int) -> Tensor:
+    """The score of each neuron of a group, low = dying, >= 0, float64, shape [n].
+
+    Args:
+        name: a key of `SCORES` other than "redundancy".
+        evidence: every consumer of the group.
+        neurons: n.
+    """
+    score = SCORES[name]
+    assert score.read is not None
+    found = torch.stack([e.per_neuron(score.read(e), neurons, score.inside) for e in evidence])
+    return found.sum(0) if score.across == "sum" else found.amax(0)
