@@ -10,6 +10,7 @@ from dnr_plugin.errors import InputError, TargetError
 from dnr_plugin.models.saved import load_pruned, save_pruned
 from dnr_plugin.network.batchnorm import recalibrate_batchnorm
 from dnr_plugin.network.cost import flop_report
+from dnr_plugin.network.kinds import register_layer
 from dnr_plugin.observation.observer import Observer
 from dnr_plugin.pruning.dead_neurons import remove_dead_neurons
 from dnr_plugin.pruning.groups import Limits
@@ -34,6 +35,7 @@ __all__ = [
     "plan_removal",
     "prune_neurons",
     "recalibrate_batchnorm",
+    "register_layer",
     "remove_dead_neurons",
     "repair_network",
     "run_recipe",

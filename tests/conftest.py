@@ -10,7 +10,6 @@ import os
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 THREADS = os.environ.setdefault("DNR_TEST_THREADS", "1")
 os.environ["OMP_NUM_THREADS"] = THREADS  # also of the programs that tests start; several workers share the cores
@@ -18,6 +17,7 @@ os.environ["OMP_NUM_THREADS"] = THREADS  # also of the programs that tests start
 import pytest  # noqa: E402
 import torch  # noqa: E402
 import yaml  # noqa: E402
+from helpers.common import ROOT, TINY  # noqa: E402
 
 import dnr_plugin.pruning.plan as plan_module  # noqa: E402
 import dnr_plugin.runs.run as run_module  # noqa: E402
@@ -37,22 +37,6 @@ if shift := int(os.environ.get("DNR_TEST_SEED", "0")):
     torch.manual_seed = lambda seed: drawn(seed + shift)
     torch.Generator = Shifted  # type: ignore[misc]
 torch.manual_seed(0)  # for what is drawn while tests are collected
-
-ROOT = Path(__file__).resolve().parent.parent
-
-# Seconds on one core: 16-pixel shapes, an eighth of the usual width.
-TINY: dict[str, Any] = {
-    "name": "tiny",
-    "model": {"name": "resnet18", "width": 8},
-    "data": {"name": "shapes", "train_size": 192, "test_size": 60, "image_size": 16, "augment": ["flip"]},
-    "train": {"epochs": 2, "batch_size": 32, "lr": 0.05},
-    "prune": {
-        "target": {"flops": 0.5},
-        "observe": {"samples": 128, "min_samples": 64, "share": 0.5},
-        "recalibrate": 128,
-    },
-    "finetune": {"epochs": 2, "batch_size": 32, "lr": 0.01},
-}
 
 
 @pytest.fixture(autouse=True)

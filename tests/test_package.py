@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from importlib.metadata import requires
 
+import grimp
 import pytest
-from conftest import ROOT
+from helpers.common import ROOT
 
 import dnr_plugin
 
@@ -22,15 +24,38 @@ def test_importing_the_package_stays_light() -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_the_names_of_the_contract_are_public() -> None:
-    names = {
-        "DyingNeuronImportance", "remove_dead_neurons", "flop_report", "save_pruned", "load_pruned", "follow_optimizer",
-        "recalibrate_batchnorm", "load_recipe", "run_recipe",
-    }  # fmt: skip
-    assert names <= set(dnr_plugin.__all__)
+PUBLIC = [
+    "DyingNeuronDynamics", "DyingNeuronImportance", "InputError", "Limits", "Observer", "TargetError", "Timetable",
+    "flop_report", "follow_optimizer", "load_pruned", "load_recipe", "plan_removal", "prune_neurons",
+    "recalibrate_batchnorm", "register_layer", "remove_dead_neurons", "repair_network", "run_recipe", "save_pruned",
+]  # fmt: skip
+
+
+def test_the_public_names_are_these() -> None:
+    assert sorted(dnr_plugin.__all__) == PUBLIC
     assert all(callable(getattr(dnr_plugin, name)) for name in dnr_plugin.__all__)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         dnr_plugin.nothing  # type: ignore[attr-defined]  # noqa: B018
+
+
+def test_rooms_import_only_from_rooms_below() -> None:
+    done = subprocess.run(["lint-imports", "--no-cache"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    graph = grimp.build_graph("dnr_plugin")
+    # a package is imported with every module in it, and imports nothing itself
+    modules = {m for m in graph.modules if m != "dnr_plugin"}
+    TopologicalSorter({m: graph.find_modules_directly_imported_by(m) & modules for m in modules}).prepare()
+
+
+def test_rooms_have_empty_doors_and_modules_of_a_size_to_read() -> None:
+    for file in (ROOT / "dnr_plugin").rglob("*.py"):
+        lines = file.read_text().splitlines()
+        assert len(lines) <= 420, f"{file}: {len(lines)} lines"
+        if file.name == "__init__.py" and file.parent.name != "dnr_plugin":
+            assert not lines, file
 
 
 @pytest.mark.longest

@@ -20,7 +20,7 @@ import pytest
 import torch
 import torch_pruning
 import torchvision
-from conftest import ROOT
+from helpers.common import ROOT
 
 from dnr_plugin.cli.main import main
 from dnr_plugin.network.cost import count_params

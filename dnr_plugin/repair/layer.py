@@ -37,9 +37,9 @@ class Affine:
         self.kind = consumer(module)
         self.module: Any = module
         self.norm = norm
-        self._bias = module.bias if isinstance(module.bias, Tensor) else None
+        self._bias = self.module.bias if isinstance(self.module.bias, Tensor) else None
         self.movable = norm is not None or self._bias is not None
-        weights = module.weight.detach().double().flatten(1)
+        weights = self.module.weight.detach().double().flatten(1)
         self._scale = weights.new_ones(len(weights))
         shift = torch.zeros_like(self._scale)
         if norm is not None:

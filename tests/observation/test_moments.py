@@ -1,0 +1,197 @@
+"""Second moments of what layers read, against NumPy; they merge, follow and survive like every other statistic."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers.activities import read
+from helpers.networks import images, make
+from torch import nn
+
+from dnr_plugin.network.dependencies import build_graph
+from dnr_plugin.network.kinds import consumer
+from dnr_plugin.observation import observer
+from dnr_plugin.observation.moments import MAX_FEATURES, MAX_PATCH, Moments
+from dnr_plugin.observation.observer import Observer
+from dnr_plugin.scoring.importance import DyingNeuronImportance
+
+ROUNDING = {"rtol": 1e-5, "atol": 1e-4}  # of sums of float32 products in another order
+SHAPES: dict[str, Any] = {
+    "patches": (nn.Conv2d(3, 4, 3, stride=2, padding=1), (6, 3, 7, 5)),
+    "pointwise": (nn.Conv2d(3, 4, 1), (6, 3, 4, 5)),
+    "transposed": (nn.ConvTranspose2d(3, 4, 3), (6, 3, 4, 5)),
+    "linear": (nn.Linear(3, 4), (6, 3)),
+    "tokens": (nn.Linear(3, 4), (6, 5, 3)),
+    "no batch": (nn.Conv2d(3, 4, 3), (3, 6, 6)),
+}
+
+
+def rows_of(module: nn.Module, a: torch.Tensor) -> np.ndarray:
+    """Everything that the layer reads, by positions of its outputs or its inputs."""
+    if isinstance(module, nn.Conv2d) and module.kernel_size != (1, 1):
+        a = a if a.dim() == 4 else a[None]
+        return consumer(module).rows(a, torch.arange(int(np.prod(consumer(module).output_size(a))))).double().numpy()
+    found = a.movedim(1, -1) if isinstance(module, nn.Conv2d | nn.ConvTranspose2d) else a
+    return found.reshape(-1, 3).double().numpy()
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_moments_equal_numpy(name: str) -> None:
+    """Of all positions where these are few; batches go into two halves in turn."""
+    module, shape = SHAPES[name]
+    moments = Moments(3, consumer(module).features(MAX_PATCH))
+    generator = torch.Generator().manual_seed(0)
+    batches = [torch.randn(shape, generator=generator) + 0.5 for _ in range(3)]
+    for a in batches:
+        moments.update(module, a)
+    read = [rows_of(module, a) for a in batches]
+    for half, x in ((None, np.concatenate(read)), (0, np.concatenate(read[::2])), (1, read[1])):
+        mean, covariance = moments.mean_and_covariance(half)
+        assert mean.dtype == covariance.dtype == torch.float64
+        np.testing.assert_allclose(mean, x.mean(0), rtol=1e-5, atol=1e-7)
+        np.testing.assert_allclose(covariance, np.cov(x.T, bias=True), rtol=1e-4, atol=1e-5)
+    assert moments.batches == 3
+    assert moments.rows == sum(map(len, read))
+    assert moments.channels == 3
+
+
+def test_each_batch_adds_a_bounded_number_of_rows() -> None:
+    """512 of a small one, 16 of each sample, 2048 of a large one, and then fewer samples; never none."""
+    module = nn.Conv2d(1, 2, 3, padding=1)
+    for shape, expected in (
+        ((2, 1, 64, 64), 512), ((5000, 1, 3, 3), 1667), ((3, 1, 40, 40), 510), ((50, 1, 9, 9), 800),
+        ((250, 1, 9, 9), 2000), ((1, 1, 1, 1), 1),
+    ):  # fmt: skip
+        moments = Moments(1, 9)
+        moments.update(module, torch.randn(shape))
+        assert moments.rows == expected
+    linear = Moments(2, 1)
+    linear.update(nn.Linear(2, 2), torch.randn(10000, 2))
+    assert linear.rows == 2000
+
+
+def test_the_rows_read_are_a_fair_sample() -> None:
+    """Large images give the moments of all their positions, up to chance."""
+    module, moments = nn.Conv2d(2, 2, 3, padding=1), Moments(2, 9)
+    generator = torch.Generator().manual_seed(0)
+    row = torch.linspace(-1, 1, 40).expand(2, 40, 40)  # a gradient: a corner alone would give another mean
+    read = []
+    for _ in range(16):
+        a = row + torch.randn(4, 2, 40, 40, generator=generator)
+        moments.update(module, a)
+        read.append(rows_of(module, a))
+    x = np.concatenate(read)
+    mean, covariance = moments.mean_and_covariance()
+    assert moments.rows < len(x) / 3
+    np.testing.assert_allclose(mean, x.mean(0), atol=0.05)
+    np.testing.assert_allclose(covariance, np.cov(x.T, bias=True), atol=0.05)
+
+
+def test_two_merged_are_as_one() -> None:
+    one, other, both = read(0, 1), read(2, 3), read(0, 1, 2, 3)
+    merged = one.merged(other)
+    torch.testing.assert_close(merged.sums, both.sums, **ROUNDING)
+    assert merged.batches == both.batches == 4
+    assert (one.batches, one.rows, other.rows) == (2, 288, 288)
+
+
+@pytest.mark.parametrize("each", [1, 9])
+def test_kept_channels_are_as_if_the_others_had_never_been(each: int) -> None:
+    kernel = 3 if each > 1 else 1
+    module, small = nn.Conv2d(5, 4, kernel), nn.Conv2d(2, 4, kernel)
+    whole, part = Moments(5, each), Moments(2, each)
+    for a in torch.randn(3, 4, 5, 6, 6, generator=torch.Generator().manual_seed(0)):
+        whole.update(module, a)
+        part.update(small, a[:, [4, 1]])
+    kept = whole.kept(torch.tensor([4, 1]))
+    torch.testing.assert_close(kept.sums, part.sums, **ROUNDING)
+    assert (kept.channels, kept.rows, whole.channels) == (2, part.rows, 5)
+
+
+def test_a_state_is_taken_and_goes_on() -> None:
+    """Also where reading goes on after it was taken, which must not change it."""
+    module, first = nn.Conv2d(3, 4, 3), Moments(3, 9)
+    batches = torch.randn(3, 4, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+    first.update(module, batches[0])
+    state = first.state_dict()
+    second = Moments(3, 9)
+    taken = state["sums"].clone()
+    for a in batches[1:]:
+        first.update(module, a)
+    assert torch.equal(state["sums"], taken)
+    second.load_state_dict(state)
+    for a in batches[1:]:
+        second.update(module, a)
+    assert torch.equal(first.sums, second.sums)
+    assert (first.batches, second.batches) == (3, 3)
+
+
+def test_observers_gather_moments_only_where_asked_and_affordable() -> None:
+    model = make("plain")
+    for wanted in (True, False):
+        observer = Observer(model, moments=wanted)
+        with torch.no_grad(), observer:
+            model(images())
+        assert all((a.moments is not None) == wanted for a in observer.activities.values())
+    observer = Observer(model, moments=True)
+    with torch.no_grad(), observer:
+        model(images())
+    assert {name: a.moments.each for name, a in observer.activities.items()} == {"a": 9, "b": 9, "c": 9, "fc": 1}
+    wide = nn.Sequential(nn.Linear(2, MAX_FEATURES + 1), nn.ReLU(), nn.Linear(MAX_FEATURES + 1, 2))
+    observer = Observer(wide, moments=True)
+    with torch.no_grad(), observer:
+        wide(torch.randn(4, 2))
+    assert {name: a.moments is not None for name, a in observer.activities.items()} == {"0": True, "2": False}
+    assert consumer(nn.Conv2d(MAX_PATCH // 9, 2, 3)).features(MAX_PATCH) == 9
+    assert consumer(nn.Conv2d(MAX_PATCH // 9 + 1, 2, 3)).features(MAX_PATCH) == 1
+    assert consumer(nn.ConvTranspose2d(3, 2, 3)).features(MAX_PATCH) == 1
+
+
+def test_too_wide_layers_are_scored_and_named_by_repair(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(observer, "MAX_FEATURES", 10)
+    model = nn.Sequential(nn.Linear(3, 6), nn.ReLU(), nn.Linear(6, 11), nn.ReLU(), nn.Linear(11, 2))
+    importance, x = DyingNeuronImportance("redundancy", share=1.0), torch.randn(8, 3)
+    with torch.no_grad(), importance.observe(model):
+        model(x)
+    graph = build_graph(model, x)
+    prune = graph.get_pruner_of_module(model[2]).prune_out_channels
+    before = model[4].weight.clone()
+    group = graph.get_pruning_group(model[2], prune, [0, 5])
+    assert importance.repair(group) == {"4": "it reads 11 channels, too many for second moments"}
+    assert torch.equal(model[4].weight, before)
+    found = importance(graph.get_pruning_group(model[2], prune, [*range(11)]))
+    variance = importance.observer.activities["4"].variance * model[4].weight.detach().double().square().sum(0)
+    live = found < 1e29
+    assert torch.isfinite(found).all()
+    ordered = variance[live][found[live].argsort()]
+    assert (ordered.diff() > -1e-3 * ordered.max()).all()  # dead ones tie
+
+
+@pytest.mark.parametrize("score", ["redundancy", "variation"])
+@pytest.mark.parametrize("spread", [1e-2, 0.0])
+def test_means_that_are_large_against_variances_break_nothing(spread: float, score: str) -> None:
+    """Rounding makes the covariance of such inputs indefinite."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 3))
+    with torch.no_grad():
+        model[0].weight.mul_(spread)
+        model[0].bias.fill_(1e3)
+    importance = DyingNeuronImportance(score)
+    x = torch.randn(4, 64, 6)
+    with torch.no_grad(), importance.observe(model):
+        for batch in x:
+            model(batch)
+    graph = build_graph(model, x[0])
+    prune = graph.get_pruner_of_module(model[0]).prune_out_channels
+    found = importance(graph.get_pruning_group(model[0], prune, [*range(8)]))
+    assert torch.isfinite(found).all()
+    before = copy.deepcopy(model)
+    group = graph.get_pruning_group(model[0], prune, [1, 6])
+    assert importance.repair(group) == {}
+    group.prune()
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+    torch.testing.assert_close(model(x[0]), before(x[0]), rtol=1e-3, atol=0.1)
