@@ -19,8 +19,8 @@ from dnr_plugin.pruning.removal import prune_neurons
 from dnr_plugin.recipe.schema import Recipe
 from dnr_plugin.reports.figures.drawing import save_figure
 from dnr_plugin.runs.checks import check_ranks, check_recipe
-from dnr_plugin.runs.run import Track
 from dnr_plugin.runs.run_folder import check_folder
+from dnr_plugin.runs.state import Track
 from dnr_plugin.scoring.importance import DyingNeuronImportance
 from dnr_plugin.seeds import derive_seed
 
@@ -80,7 +80,7 @@ def run_sensitivity(
     seed = derive_seed(recipe.seed, "criterion", recipe.prune.criterion)
     importance = build_criterion(recipe.prune.criterion, scored, ground.calibration, seed)
     assert isinstance(importance, DyingNeuronImportance)
-    layers, _, _ = prunable_layers(scored, ground.example, ground.limits, {})
+    layers = prunable_layers(scored, ground.example, ground.limits, {}).layers
     cells = [(layer, share) for layer in layers for share in shares]
     rows: dict[str, dict[str, Any]] = {}
     for layer, share in track(cells, len(cells), "layers and shares"):

@@ -19,7 +19,8 @@ from dnr_plugin.pruning.targets import Baseline
 from dnr_plugin.recipe.schema import Recipe
 from dnr_plugin.repair.network import repair_towards
 from dnr_plugin.repair.reference import Reference
-from dnr_plugin.runs.run import Track, train_dense
+from dnr_plugin.runs.run import train_dense
+from dnr_plugin.runs.state import Track
 from dnr_plugin.seeds import derive_seed
 from dnr_plugin.training.evaluation import evaluate
 from dnr_plugin.training.trainer import Trainer

@@ -23,10 +23,11 @@ from dnr_plugin.network.kinds import consumer
 from dnr_plugin.observation.history import NeuronHistory
 from dnr_plugin.observation.observer import Observer
 from dnr_plugin.pruning.groups import Layer, Limits, prunable_layers
+from dnr_plugin.pruning.numbering import renumbered
 from dnr_plugin.pruning.order import SCOPES
 from dnr_plugin.pruning.plan import plan_removal
-from dnr_plugin.pruning.removal import prune_neurons, renumbered
-from dnr_plugin.pruning.targets import KEPT_TARGETS, Baseline, baseline
+from dnr_plugin.pruning.removal import prune_neurons
+from dnr_plugin.pruning.targets import Baseline, baseline
 from dnr_plugin.scoring.evidence import histograms, judge
 from dnr_plugin.scoring.importance import DyingNeuronImportance
 
@@ -62,7 +63,7 @@ class DyingNeuronDynamics:
         example_inputs: as Torch-Pruning takes them.
         when: to look at the neurons and to remove some.
         optimizer: taken along when neurons are removed.
-        kind: a target of `planning.TARGETS` but latency; None to watch and remove nothing.
+        kind: a target of `targets.TARGETS` but latency; None to watch and remove nothing.
         value: share kept ("flops", "params") or removed ("neuron_sparsity", "weight_sparsity") at the end.
         patience: checks that a candidate waits, >= 0; 0 removes it at once. At the last check all go that a target
             needs, candidates before others; those that are merely dead stay.
@@ -220,7 +221,8 @@ class DyingNeuronDynamics:
         self.checks += 1
         # from here on the network is traced and copied, which is not for hooks to see
         self._zeros.clear()
-        layers, self.skipped, _ = prunable_layers(self.model, self.example, self.limits, self.dense.sizes)
+        found = prunable_layers(self.model, self.example, self.limits, self.dense.sizes)
+        layers, self.skipped = found.layers, found.skipped
         changed: dict[str, tuple[Tensor, Tensor]] = {}
         zero: dict[str, Tensor] = {}
         for layer in layers:
@@ -273,7 +275,7 @@ class DyingNeuronDynamics:
         self.importance.judge_by(observer)
 
     def _layers(self) -> list[Layer]:
-        return prunable_layers(self.model, self.example, self.limits, self.dense.sizes)[0]
+        return prunable_layers(self.model, self.example, self.limits, self.dense.sizes).layers
 
     def _move(self, layers: Sequence[Layer]) -> dict[str, int]:
         """Nominates and restores candidates; returns how many of each layer were nominated."""
@@ -305,11 +307,11 @@ class DyingNeuronDynamics:
 
     def _planned(self, removed: float, first: Mapping[str, Tensor]) -> Mapping[str, Sequence[int]]:
         """The neurons to take so that a share of what the target measures is gone, some of them before all others."""
-        assert self.policy.kind is not None
-        value = 1.0 - removed if self.policy.kind in KEPT_TARGETS else removed
+        assert self.policy.target is not None
+        target = self.policy.target.with_removed(removed)
         try:
             plan = plan_removal(
-                self.model, self.example, self.importance, self.policy.kind, value,
+                self.model, self.example, self.importance, target.kind, target.value,
                 scope=self.scope, limits=self.limits, dense=self.dense, dying=first,
             )  # fmt: skip
         except TargetError as error:

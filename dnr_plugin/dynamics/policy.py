@@ -13,12 +13,12 @@ from torch import Tensor
 from dnr_plugin.dynamics.timetable import Timetable
 from dnr_plugin.observation.history import NeuronHistory
 from dnr_plugin.pruning.groups import Layer
-from dnr_plugin.pruning.targets import KEPT_TARGETS, TARGETS
+from dnr_plugin.pruning.targets import TARGETS, Dead, Target
 
 Ramp = Literal["linear", "cubic", "at_once"]
 # From a share of the target's measure that is to be gone, and neurons that go before all others: those that go.
-Plan = Callable[[float, Mapping[str, Tensor]], Mapping[str, Sequence[int]]]
-Score = Callable[[Layer], Tensor]
+Chooser = Callable[[float, Mapping[str, Tensor]], Mapping[str, Sequence[int]]]
+Scorer = Callable[[Layer], Tensor]
 
 
 @dataclass(frozen=True)
@@ -38,14 +38,23 @@ class Policy:
     max_share: float
     dying_entropy: float | None
 
+    @property
+    def target(self) -> Target | None:
+        """What is to be reached; None where nothing is removed."""
+        return None if self.kind is None else TARGETS[self.kind](self.value)
+
+    @property
+    def _only_dead(self) -> bool:
+        return isinstance(self.target, Dead)
+
     def __post_init__(self) -> None:
         when, every = self.when, self.when.check_every
-        targets = [target for target in TARGETS if target != "latency"]
+        targets = [kind for kind, target in TARGETS.items() if target.resumable]
         if self.kind is not None and self.kind not in targets:
             raise ValueError(f"kind: expected None or one of {', '.join(targets)}, found {self.kind!r}")
         if every < 1 or not (when.watched is None or 1 <= when.watched <= every):
             raise ValueError(f"when: expected 1 <= watched <= check_every, found {when}")
-        share, dying = self.kind in (None, "dead") or 0.0 < self.value < 1.0, self.dying_entropy
+        share, dying = self.target is None or self.target.fits, self.dying_entropy
         for name, fits, expected in (
             ("value", share, "a number above 0 and below 1"),
             ("patience", self.patience >= 0, "at least 0"),
@@ -63,7 +72,7 @@ class Policy:
             )
 
     def nominate(
-        self, number: int, layers: Sequence[Layer], histories: Mapping[str, NeuronHistory], plan: Plan, score: Score
+        self, number: int, layers: Sequence[Layer], histories: Mapping[str, NeuronHistory], plan: Chooser, score: Scorer
     ) -> dict[str, int] | None:
         """Nominates and restores candidates, in their histories.
 
@@ -81,7 +90,7 @@ class Policy:
         dying = self._dying(layers, histories)
         first = {layer.name: histories[layer.name].candidates | dying[layer.name] for layer in layers}
         wanted = plan(self._share(number), first)
-        if not wanted and number >= self.when.last - self.patience and self.kind != "dead":
+        if not wanted and number >= self.when.last - self.patience and not self._only_dead:
             return None
         nominated = {}
         for layer in layers:
@@ -100,7 +109,7 @@ class Policy:
         return nominated
 
     def expired(
-        self, number: int, before: int, layers: Sequence[Layer], histories: Mapping[str, NeuronHistory], score: Score
+        self, number: int, before: int, layers: Sequence[Layer], histories: Mapping[str, NeuronHistory], score: Scorer
     ) -> dict[str, list[int]]:
         """The candidates that have waited long enough, in portions that may go.
 
@@ -114,7 +123,7 @@ class Policy:
         if removing and not any(before < due <= number for due in removing):
             return {}
         # a target is met at the last check whoever waits; death is a verdict that takes patience even then
-        hurried = number >= self.when.last and self.kind != "dead"
+        hurried = number >= self.when.last and not self._only_dead
         gone = {}
         for layer in layers:
             history = histories[layer.name]
@@ -125,7 +134,7 @@ class Policy:
         return gone
 
     def _restore(
-        self, number: int, layers: Sequence[Layer], histories: Mapping[str, NeuronHistory], plan: Plan
+        self, number: int, layers: Sequence[Layer], histories: Mapping[str, NeuronHistory], plan: Chooser
     ) -> dict[str, Tensor]:
         """Gives back candidates that fire again, which it returns, and those that clearly outrank what has to go."""
         woken = {}
@@ -152,9 +161,9 @@ class Policy:
 
     def _share(self, number: int) -> float:
         """The share of what the target measures that is to be gone by a check; all of it at the last nomination."""
-        whole = 1.0 - self.value if self.kind in KEPT_TARGETS else self.value
+        assert self.target is not None
         t = min(1.0, (number - self.when.first + 1) / (self.when.last - self.patience - self.when.first + 1))
-        return whole * {"linear": t, "cubic": 1.0 - (1.0 - t) ** 3, "at_once": 1.0}[self.ramp]
+        return self.target.removed * {"linear": t, "cubic": 1.0 - (1.0 - t) ** 3, "at_once": 1.0}[self.ramp]
 
 
 def lowest(layer: Layer, marked: Tensor, most: int, scores: Tensor) -> Tensor:

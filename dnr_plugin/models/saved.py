@@ -23,13 +23,16 @@ ARCHITECTURE, WEIGHTS = "architecture.json", "model.safetensors"
 _PLAIN = (bool, int, float, str, type(None))
 
 
-def describe(model: nn.Module, builder: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def describe(
+    model: nn.Module, builder: Mapping[str, Any] | None = None, *, fresh: nn.Module | None = None
+) -> dict[str, Any]:
     """What is needed, besides the tensors, to build a pruned model again; plain JSON data.
 
     Args:
         model: pruned or dense.
         builder: ``{"name": ..., "kwargs": {...}}`` of the dense model, as in a recipe ("resnet18",
-            "torchvision.resnet50", "module:function"); by default what `models.build_model` left on the model.
+            "torchvision.resnet50", "module:function"); by default what `build.build_model` left on the model.
+        fresh: what the builder makes, where it was called before; not changed.
 
     Raises:
         ValueError: the builder is unknown, or makes modules of other names or types.
@@ -42,7 +45,7 @@ def describe(model: nn.Module, builder: Mapping[str, Any] | None = None) -> dict
             "builder: expected {'name': ..., 'kwargs': {...}} of the dense model, since this one was not made by "
             "dnr_plugin, found nothing; e.g. {'name': 'torchvision.resnet50', 'kwargs': {'num_classes': 1000}}"
         )
-    fresh = rebuild(builder, allow_import=True)
+    fresh = fresh or rebuild(builder, allow_import=True)
     ours, theirs = dict(model.named_modules()), dict(fresh.named_modules())
     differing = [name for name in {**ours, **theirs} if type(ours.get(name)) is not type(theirs.get(name))]
     if differing:
@@ -66,8 +69,13 @@ def describe(model: nn.Module, builder: Mapping[str, Any] | None = None) -> dict
     }
 
 
-def build(architecture: Mapping[str, Any], allow_import: bool = False) -> nn.Module:
+def build(architecture: Mapping[str, Any], allow_import: bool = False, *, fresh: nn.Module | None = None) -> nn.Module:
     """Builds the model of an architecture, with tensors of the right shapes and no meaning.
+
+    Args:
+        architecture: as `describe` returns it.
+        allow_import: let its builder be imported and called.
+        fresh: what its builder makes, where that was called before; changed. The builder is not called then.
 
     Raises:
         InputError: the description is not one, or needs a function outside of this package and ``allow_import`` is
@@ -79,7 +87,7 @@ def build(architecture: Mapping[str, Any], allow_import: bool = False) -> nn.Mod
         raise InputError(
             f"{ARCHITECTURE}: expected a description of format {FORMAT}, found {architecture.get('format')}"
         )
-    model = rebuild(architecture["builder"], allow_import)
+    model = fresh or rebuild(architecture["builder"], allow_import)
     modules = dict(model.named_modules())
     try:
         for name, attributes in architecture["modules"].items():
@@ -104,9 +112,13 @@ def save_pruned(model: nn.Module, folder: str | os.PathLike[str], builder: Mappi
     Raises:
         ValueError: see `describe`.
     """
+    write_saved(model, folder, describe(model, builder))
+
+
+def write_saved(model: nn.Module, folder: str | os.PathLike[str], architecture: Mapping[str, Any]) -> None:
+    """`save_pruned` for a model whose architecture was described before."""
     from safetensors.torch import save
 
-    architecture = describe(model, builder)
     # shared tensors are written once for each name: safetensors refuses views of the same memory
     tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in model.state_dict().items()}
     folder = Path(folder)

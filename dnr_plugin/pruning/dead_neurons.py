@@ -99,7 +99,8 @@ def remove_dead_neurons(
     if samples < min_samples:
         raise InputError(f"calibration: expected at least {min_samples} samples to judge death on, found {samples}")
     params_before = count_params(model)
-    layers, skipped, neurons = prunable_layers(model, example_inputs, Limits(ignored), {})
+    prunable = prunable_layers(model, example_inputs, Limits(ignored), {})
+    layers, skipped, neurons = prunable.layers, prunable.skipped, prunable.neurons
     removals: dict[str, list[int]] = {}
     zero: dict[str, int] = {}
     dead = 0

@@ -63,45 +63,89 @@ class Layer:
         return marked.view(self.blocks, -1).any(0).repeat(self.blocks)
 
 
-def prunable_layers(
-    model: nn.Module, example_inputs: Any, limits: Limits, sizes: Mapping[str, int]
-) -> tuple[list[Layer], list[tuple[str, str]], int]:
-    """Groups that may shrink with their portions, those that may not with the reason, and all hidden neurons."""
-    names = {module: name for name, module in model.named_modules()}
-    ignored = _ignored(model, limits.ignored)
-    graph = build_graph(model, one_sample(example_inputs))
-    outputs = output_layers(model, one_sample(example_inputs))
-    layers: list[Layer] = []
-    skipped: list[tuple[str, str]] = []
-    neurons = 0
-    for group in graph.get_all_groups():
-        name, size = names[group[0].dep.target.module], len(group[0].idxs)
-        members = [dep.target.module for dep, _ in group]
-        if any(
-            module in outputs and graph.is_out_channel_pruning_fn(dep.handler)
-            for (dep, _), module in zip(group.items, members, strict=True)
-            if isinstance(module, nn.Module)
-        ):
-            skipped.append((name, "its outputs are the model's outputs"))
-            continue
-        neurons += size
-        touched = next((names[m] for m in members if isinstance(m, nn.Module) and m in ignored), None)
-        if touched is not None:
-            skipped.append((name, f"{touched} is ignored"))
-            continue
-        blocks = channel_groups(group)
-        if not _divides(group, blocks):
-            skipped.append((name, f"its {size} channels do not fall into {blocks} equal channel groups"))
-            continue
-        first = sizes.get(name, size)
-        portions = _portions(size // blocks, first // blocks, blocks, limits)
-        layers.append(Layer(name, group, size, blocks, first, portions, effect_per_neuron(group, names)))
-    if not layers:
-        raise InputError(
-            "model: expected at least one layer whose channels may be removed, found none"
-            + "".join(f"; {name}: {reason}" for name, reason in skipped[:3])
+@dataclass(frozen=True)
+class Prunable:
+    """What may be taken from a model within some limits.
+
+    Attributes:
+        layers: groups that may shrink.
+        skipped: those that may not, as (root layer, reason).
+        neurons: all hidden neurons.
+    """
+
+    layers: list[Layer]
+    skipped: list[tuple[str, str]]
+    neurons: int
+
+
+class Survey:
+    """The dependency groups of a model as it is now, whatever may be taken from them.
+
+    Args:
+        model: traced here, once.
+        example_inputs: as Torch-Pruning takes them.
+
+    Raises:
+        InputError: the model cannot be traced.
+    """
+
+    def __init__(self, model: nn.Module, example_inputs: Any) -> None:
+        self.model, self._names = model, {module: name for name, module in model.named_modules()}
+        graph = build_graph(model, one_sample(example_inputs))
+        self._outputs = output_layers(model, one_sample(example_inputs))
+        self._groups = [*graph.get_all_groups()]
+
+    def within(self, limits: Limits, sizes: Mapping[str, int]) -> Prunable:
+        """What may be taken within limits.
+
+        Args:
+            limits: of what may be taken.
+            sizes: root layer -> neurons in the dense model; those that it has now, by default.
+
+        Raises:
+            InputError: nothing may, or the limits name a layer that there is not.
+        """
+        ignored = _ignored(self.model, limits.ignored)
+        layers: list[Layer] = []
+        skipped: list[tuple[str, str]] = []
+        neurons = 0
+        for group in self._groups:
+            name, size = self._names[group[0].dep.target.module], len(group[0].idxs)
+            if self._returned(group):
+                skipped.append((name, "its outputs are the model's outputs"))
+                continue
+            neurons += size
+            members = (dep.target.module for dep, _ in group)
+            touched = next((self._names[m] for m in members if isinstance(m, nn.Module) and m in ignored), None)
+            if touched is not None:
+                skipped.append((name, f"{touched} is ignored"))
+                continue
+            blocks = channel_groups(group)
+            if not _divides(group, blocks):
+                skipped.append((name, f"its {size} channels do not fall into {blocks} equal channel groups"))
+                continue
+            first = sizes.get(name, size)
+            portions = _portions(size // blocks, first // blocks, blocks, limits)
+            layers.append(Layer(name, group, size, blocks, first, portions, effect_per_neuron(group, self._names)))
+        if not layers:
+            raise InputError(
+                "model: expected at least one layer whose channels may be removed, found none"
+                + "".join(f"; {name}: {reason}" for name, reason in skipped[:3])
+            )
+        return Prunable(layers, skipped, neurons)
+
+    def _returned(self, group: tp.dependency.Group) -> bool:
+        """Whether the model returns what a layer of the group makes."""
+        outwards = group._DG.is_out_channel_pruning_fn
+        return any(
+            isinstance(dep.target.module, nn.Module) and dep.target.module in self._outputs and outwards(dep.handler)
+            for dep, _ in group
         )
-    return layers, skipped, neurons
+
+
+def prunable_layers(model: nn.Module, example_inputs: Any, limits: Limits, sizes: Mapping[str, int]) -> Prunable:
+    """`Survey.within`, for a model that is asked once."""
+    return Survey(model, example_inputs).within(limits, sizes)
 
 
 def _divides(group: tp.dependency.Group, blocks: int) -> bool:

@@ -12,6 +12,7 @@ from dnr_plugin.network.cost import FlopReport
 from dnr_plugin.network.dependencies import isomorphism_class
 from dnr_plugin.pruning.cost_model import CostModel
 from dnr_plugin.pruning.groups import Layer
+from dnr_plugin.pruning.targets import Target
 
 # Of what is saved against what is lost: 0 for "global", 1 for damage per FLOP; docs/criterion.md has the measurement.
 _WEIGHT = 0.7
@@ -40,15 +41,14 @@ def layer_steps(index: int, layer: Layer, scores: Tensor, dead: Tensor) -> Itera
         yield Step(index, offsets, (highest,), all(bool(offset_dead[k]) for k in offsets))
 
 
-def savings_of(model: nn.Module, report: FlopReport, layers: Sequence[Layer], kind: str) -> list[float]:
+def savings_of(model: nn.Module, report: FlopReport, layers: Sequence[Layer], target: Target) -> list[float]:
     """What a neuron of each layer saves of what a target counts, as far as it weighs against its score."""
     found = []
     for layer in layers:
         cost = CostModel(model, report)
         before = cost.flops, cost.params
         cost.remove(layer.effect)
-        flops, params = before[0] - cost.flops, before[1] - cost.params
-        saved = {"flops": flops, "latency": flops, "params": params, "weight_sparsity": params}.get(kind, 1.0)
+        saved = target.saved(before[0] - cost.flops, before[1] - cost.params)
         found.append(max(saved, 1e-9) ** _WEIGHT)
     return found
 

@@ -15,10 +15,10 @@ from dnr_plugin.errors import InputError, TargetError, did_you_mean
 from dnr_plugin.network.cost import flop_report, latencies
 from dnr_plugin.network.dependencies import inexact_reason
 from dnr_plugin.pruning.cost_model import CostModel
-from dnr_plugin.pruning.groups import Limits, prunable_layers
+from dnr_plugin.pruning.groups import Limits, Survey
 from dnr_plugin.pruning.order import SCOPES, Step, layer_steps, ordered, savings_of
 from dnr_plugin.pruning.removal import prune_neurons
-from dnr_plugin.pruning.targets import KEPT_TARGETS, TARGETS, Baseline, baseline, measure, reached, unreachable_error
+from dnr_plugin.pruning.targets import Baseline, Dead, Target, baseline, target_of
 from dnr_plugin.scoring.importance import DyingNeuronImportance
 
 
@@ -55,40 +55,59 @@ class Plan:
 
 
 def reachable(
-    model: nn.Module, example_inputs: Any, kind: str, limits: Limits = Limits(), dense: Baseline | None = None
+    model: nn.Module,
+    example_inputs: Any,
+    kind: str,
+    limits: Limits = Limits(),
+    dense: Baseline | None = None,
+    survey: Survey | None = None,
 ) -> float:
     """The furthest value of a target that the limits allow, whatever the criterion.
 
     Args:
-        kind: any of `TARGETS` but "latency" and "dead", which are known only when it comes to it.
+        kind: of a target that is `known_beforehand`.
+        survey: of the model; made here by default.
+
+    Raises:
+        ValueError: of the target nothing is known beforehand.
     """
-    if kind in ("latency", "dead"):
+    target = target_of(kind, 1.0)
+    if not target.known_beforehand:
         raise ValueError(f"kind: expected a target that can be known beforehand, found {kind!r}")
-    dense = dense or baseline(model, example_inputs)
-    layers, _, neurons = prunable_layers(model, example_inputs, limits, dense.sizes)
-    removals = {layer.name: layer.neurons(range(sum(layer.portions))) for layer in layers}
+    survey = survey or Survey(model, example_inputs)
+    dense = dense or baseline(model, example_inputs, survey=survey)
+    found = survey.within(limits, dense.sizes)
+    removals = {layer.name: layer.neurons(range(sum(layer.portions))) for layer in found.layers}
     trial = copy.deepcopy(model)
     prune_neurons(trial, example_inputs, removals)
     report = flop_report(trial, example_inputs)
-    return measure(kind, report.flops, report.params, neurons - sum(map(len, removals.values())), dense)
+    return target.measure(report.flops, report.params, found.neurons - sum(map(len, removals.values())), dense)
 
 
 def check_target(
-    model: nn.Module, example_inputs: Any, kind: str, value: float, limits: Limits, dense: Baseline | None = None
+    model: nn.Module,
+    example_inputs: Any,
+    kind: str,
+    value: float,
+    limits: Limits,
+    dense: Baseline | None = None,
+    survey: Survey | None = None,
 ) -> None:
     """Refuses, before any training, a target that no choice of neurons can reach.
 
-    Latency and ``dead`` are known only later.
+    Of some targets, as latency, this is known only later.
 
     Raises:
         InputError: with the closest value that can be reached; or the limits name no layer.
     """
-    if kind in ("latency", "dead"):
-        prunable_layers(model, example_inputs, limits, {})
+    target = target_of(kind, value)
+    survey = survey or Survey(model, example_inputs)
+    if not target.known_beforehand:
+        survey.within(limits, {})
         return
-    closest = reachable(model, example_inputs, kind, limits, dense)
-    if not reached(kind, closest, value):
-        bound = "at least" if kind in KEPT_TARGETS else "at most"
+    closest = reachable(model, example_inputs, kind, limits, dense, survey)
+    if not target.reached(closest):
+        bound = "at least" if target.keeps else "at most"
         raise InputError(
             f"prune.target.{kind}: expected {bound} {closest:.4f}, which is as far as ignored, round_to and "
             f"max_pruning_ratio allow, found {value:g}"
@@ -118,7 +137,7 @@ def plan_removal(
         model: the network as it is now.
         example_inputs: as Torch-Pruning takes them.
         importance: a `DyingNeuronImportance` that has observed this model, or any Torch-Pruning criterion.
-        kind: one of `TARGETS`.
+        kind: one of `targets.TARGETS`.
         value: share kept ("flops", "params", "latency") or removed ("neuron_sparsity", "weight_sparsity").
         scope: one of `SCOPES`.
         limits: what may be taken.
@@ -129,14 +148,14 @@ def plan_removal(
         TargetError: the target cannot be reached; with the closest value, and the plan that reaches it.
         ValueError: an argument is unknown.
     """
-    if kind not in TARGETS:
-        raise ValueError(f"kind: expected one of {', '.join(TARGETS)}, found {kind!r}{did_you_mean(kind, TARGETS)}")
+    target = target_of(kind, value)
     if scope not in SCOPES:
         raise ValueError(f"scope: expected one of {', '.join(SCOPES)}, found {scope!r}{did_you_mean(scope, SCOPES)}")
-    if kind == "dead" and not isinstance(importance, DyingNeuronImportance):
+    if isinstance(target, Dead) and not isinstance(importance, DyingNeuronImportance):
         raise ValueError("kind: 'dead' needs a DyingNeuronImportance, which observes what is dead")
-    dense = dense or baseline(model, example_inputs, keep_model=kind == "latency")
-    layers, skipped, neurons = prunable_layers(model, example_inputs, limits, dense.sizes)
+    dense = dense or baseline(model, example_inputs, keep_model=target.timed)
+    prunable = Survey(model, example_inputs).within(limits, dense.sizes)
+    layers, skipped, neurons = prunable.layers, prunable.skipped, prunable.neurons
     zero: dict[str, Tensor] = {}
     dead_in: dict[str, int] = {}
     steps: list[Step] = []
@@ -156,16 +175,16 @@ def plan_removal(
             dead_in[layer.name] = int(is_dead.sum())
         steps += layer_steps(index, layer, scores, is_dead)
     report = flop_report(model, example_inputs)
-    savings = savings_of(model, report, layers, kind) if scope == "cost_aware" else [1.0] * len(layers)
+    savings = savings_of(model, report, layers, target) if scope == "cost_aware" else [1.0] * len(layers)
     steps = ordered(steps, layers, scope, savings)
 
     cost = CostModel(model, report)
-    predicted, left = [measure(kind, cost.flops, cost.params, neurons, dense)], neurons
+    predicted, left = [target.measure(cost.flops, cost.params, neurons, dense)], neurons
     for step in steps:
         taken = len(step.offsets) * layers[step.layer].blocks
         cost.remove({key: count * taken for key, count in layers[step.layer].effect.items()})
         left -= taken
-        predicted.append(measure(kind, cost.flops, cost.params, left, dense))
+        predicted.append(target.measure(cost.flops, cost.params, left, dense))
 
     def removals(count: int) -> dict[str, list[int]]:
         chosen: dict[str, list[int]] = {}
@@ -175,20 +194,20 @@ def plan_removal(
         return {name: sorted(chosen[name]) for name in sorted(chosen)}
 
     def measured(count: int) -> float:
-        if kind == "neuron_sparsity":
+        if target.counts_neurons:
             return predicted[count]
         trial = copy.deepcopy(model)
         prune_neurons(trial, example_inputs, removals(count))
-        if kind == "latency":
+        if target.timed:
             assert dense.model is not None
             before, after = latencies([dense.model, trial], example_inputs)
             return after / before
         report = flop_report(trial, example_inputs)
-        return measure(kind, report.flops, report.params, 0, dense)
+        return target.measure(report.flops, report.params, 0, dense)
 
     unreachable: TargetError | None = None
     try:
-        if kind == "dead":
+        if isinstance(target, Dead):
             count = sum(step.dead for step in steps)
             achieved = predicted[count]
             taken_from = removals(count)
@@ -198,10 +217,10 @@ def plan_removal(
                     skipped.append(
                         (name, f"{stay} of {number} dead neurons stay: round_to, max_pruning_ratio or channel groups")
                     )
-        elif kind == "latency":
-            count, achieved = _bisect(len(steps), value, measured)
+        elif target.timed:
+            count, achieved = _bisect(len(steps), target, measured)
         else:
-            count, achieved = _first_reached(kind, predicted, value, measured)
+            count, achieved = _first_reached(target, predicted, measured)
     except TargetError as error:
         unreachable, count, achieved = error, len(steps), error.closest
     chosen = removals(count)
@@ -222,36 +241,34 @@ def plan_removal(
     return plan
 
 
-def _first_reached(
-    kind: str, predicted: Sequence[float], value: float, measured: Callable[[int], float]
-) -> tuple[int, float]:
+def _first_reached(target: Target, predicted: Sequence[float], measured: Callable[[int], float]) -> tuple[int, float]:
     """The first removal step at which the target is met, by prediction corrected with measurements."""
     last, error = len(predicted) - 1, 0.0
     missed, met, best = -1, last + 1, 0.0  # the target is missed up to here, met from here on
     while True:
-        guess = next((k for k in range(last + 1) if reached(kind, predicted[k] + error, value)), last)
+        guess = next((k for k in range(last + 1) if target.reached(predicted[k] + error)), last)
         count = min(max(guess, missed + 1), met - 1)
         found = measured(count)
         error = found - predicted[count]
-        if reached(kind, found, value):
+        if target.reached(found):
             met, best = count, found
         elif count == last:
-            raise unreachable_error(kind, found, value)
+            raise target.unreachable(found)
         else:
             missed = count
-        if met - 1 == missed or (met <= last and not reached(kind, predicted[met - 1] + error, value)):
+        if met - 1 == missed or (met <= last and not target.reached(predicted[met - 1] + error)):
             return met, best
 
 
-def _bisect(last: int, value: float, measured: Callable[[int], float]) -> tuple[int, float]:
+def _bisect(last: int, target: Target, measured: Callable[[int], float]) -> tuple[int, float]:
     """The fewest removal steps whose measured latency meets the target; timings are not monotone, so approximately."""
     low, high, best = 0, last, measured(last)
-    if best > value:
-        raise unreachable_error("latency", best, value)
+    if best > target.value:
+        raise target.unreachable(best)
     while high - low > max(1, last // 256):
         middle = (low + high) // 2
         found = measured(middle)
-        if found <= value:
+        if found <= target.value:
             high, best = middle, found
         else:
             low = middle

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -65,12 +65,6 @@ def prune_neurons(
         parameter = model.get_parameter(name)
         parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
     return folded
-
-
-def renumbered(neurons: Iterable[int], gone: Iterable[int]) -> list[int]:
-    """Numbers that neurons have once others of their layer are gone."""
-    removed = sorted(gone)
-    return [n - sum(g < n for g in removed) for n in neurons if n not in removed]
 
 
 def _is_channels_last(value: Tensor) -> bool:

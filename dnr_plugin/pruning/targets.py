@@ -1,21 +1,21 @@
-"""What a removal is asked to reach, and how it is measured against the dense model."""
+"""What a removal is asked to reach, and how it is measured against the dense model: one class a kind of target.
+
+A new kind is a class here with an entry in `TARGETS`, and a field of its name in the recipe's ``prune.target``.
+"""
 
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
-from dnr_plugin.errors import TargetError
+from dnr_plugin.errors import TargetError, did_you_mean
 from dnr_plugin.network.cost import FlopReport, flop_report
-from dnr_plugin.pruning.groups import Limits, prunable_layers
-
-KEPT_TARGETS = ("flops", "params", "latency")
-REMOVED_TARGETS = ("neuron_sparsity", "weight_sparsity")
-TARGETS = (*KEPT_TARGETS, *REMOVED_TARGETS, "dead")
+from dnr_plugin.pruning.groups import Limits, Survey
 
 
 @dataclass(frozen=True)
@@ -28,34 +28,170 @@ class Baseline:
     model: nn.Module | None = None
 
 
-def baseline(model: nn.Module, example_inputs: Any, *, keep_model: bool = False) -> Baseline:
+def baseline(
+    model: nn.Module, example_inputs: Any, *, keep_model: bool = False, survey: Survey | None = None
+) -> Baseline:
     """Measures the dense model.
 
     Args:
         model: before anything is removed.
         example_inputs: as Torch-Pruning takes them.
         keep_model: keep a copy, which a latency target is measured against.
+        survey: of the model; made here by default.
     """
-    layers, _, neurons = prunable_layers(model, example_inputs, Limits(), {})
+    found = (survey or Survey(model, example_inputs)).within(Limits(), {})
     kept = copy.deepcopy(model) if keep_model else None
-    return Baseline(flop_report(model, example_inputs), neurons, {layer.name: layer.size for layer in layers}, kept)
+    sizes = {layer.name: layer.size for layer in found.layers}
+    return Baseline(flop_report(model, example_inputs), found.neurons, sizes, kept)
 
 
-def measure(kind: str, flops: float, params: float, neurons: int, dense: Baseline) -> float:
-    """The measure of a target for a model of so many FLOPs, parameters and hidden neurons; "dead" counts neurons."""
-    if kind == "flops":
+class Target(ABC):
+    """What a removal is asked to reach.
+
+    Args:
+        value: of the target's measure: a share that is kept (`keeps`) or removed.
+
+    Attributes:
+        kind: its name.
+        keeps: whether the measure is what is kept, so that a lower one is further.
+        known_beforehand: whether widths alone tell how far it can be reached, before anything is trained.
+        counts_neurons: whether the number of neurons alone tells the measure.
+        timed: whether it is measured by running the model.
+        resumable: whether a training that removes towards it can be resumed and ends the same.
+    """
+
+    kind: ClassVar[str]
+    keeps: ClassVar[bool] = False
+    known_beforehand: ClassVar[bool] = True
+    counts_neurons: ClassVar[bool] = False
+    timed: ClassVar[bool] = False
+    resumable: ClassVar[bool] = True
+
+    def __init__(self, value: float = 1.0) -> None:
+        self.value = value
+
+    @abstractmethod
+    def measure(self, flops: float, params: float, neurons: int, dense: Baseline) -> float:
+        """The measure for a model of so many FLOPs, parameters and hidden neurons."""
+
+    def saved(self, flops: float, params: float) -> float:
+        """What weighs against a neuron's score where its removal saves so many FLOPs and parameters."""
+        return 1.0
+
+    def reached(self, achieved: float) -> bool:
+        """Whether a measure meets the target."""
+        return achieved <= self.value + 1e-9 if self.keeps else achieved >= self.value - 1e-9
+
+    @property
+    def fits(self) -> bool:
+        """Whether the value is one that can be asked for."""
+        return 0.0 < self.value < 1.0
+
+    @property
+    def removed(self) -> float:
+        """Share of what is measured that is gone once the target is met."""
+        return 1.0 - self.value if self.keeps else self.value
+
+    def with_removed(self, removed: float) -> Target:
+        """The target that is met once this share of what is measured is gone."""
+        return type(self)(1.0 - removed if self.keeps else removed)
+
+    def after(self, step: int, steps: int) -> Target:
+        """The target of one of several equal steps: the last one's is this one."""
+        removed = self.removed * step / steps
+        return type(self)(1.0 - removed if self.keeps else removed)
+
+    def unreachable(self, closest: float) -> TargetError:
+        """That it cannot be met, with the closest measure that can."""
+        return TargetError(
+            f"{self.kind}: {self.value:g} was asked, {closest:.4f} is the closest that can be reached", closest
+        )
+
+
+class Flops(Target):
+    """Share of the FLOPs that is kept."""
+
+    kind = "flops"
+    keeps = True
+
+    def measure(self, flops: float, params: float, neurons: int, dense: Baseline) -> float:
         return flops / dense.report.flops
-    if kind == "params":
+
+    def saved(self, flops: float, params: float) -> float:
+        return flops
+
+
+class Params(Target):
+    """Share of the parameters that is kept."""
+
+    kind = "params"
+    keeps = True
+
+    def measure(self, flops: float, params: float, neurons: int, dense: Baseline) -> float:
         return params / dense.report.params
-    if kind == "weight_sparsity":
+
+    def saved(self, flops: float, params: float) -> float:
+        return params
+
+
+class NeuronSparsity(Target):
+    """Share of the neurons that is removed."""
+
+    kind = "neuron_sparsity"
+    counts_neurons = True
+
+    def measure(self, flops: float, params: float, neurons: int, dense: Baseline) -> float:
+        return 1.0 - neurons / dense.neurons
+
+
+class Latency(NeuronSparsity):
+    """Share of the latency that is kept, measured; until it is, neurons count."""
+
+    kind = "latency"
+    keeps = True
+    known_beforehand = False
+    counts_neurons = False
+    timed = True
+    resumable = False
+
+    def saved(self, flops: float, params: float) -> float:
+        return flops
+
+
+class WeightSparsity(Target):
+    """Share of the parameters that is removed."""
+
+    kind = "weight_sparsity"
+
+    def measure(self, flops: float, params: float, neurons: int, dense: Baseline) -> float:
         return 1.0 - params / dense.report.params
-    return 1.0 - neurons / dense.neurons
+
+    def saved(self, flops: float, params: float) -> float:
+        return params
 
 
-def reached(kind: str, achieved: float, requested: float) -> bool:
-    """Whether a measure meets the target."""
-    return achieved <= requested + 1e-9 if kind in KEPT_TARGETS else achieved >= requested - 1e-9
+class Dead(NeuronSparsity):
+    """All that is dead, and nothing else; the measure is the share of the neurons that is removed."""
+
+    kind = "dead"
+    known_beforehand = False
+
+    @property
+    def fits(self) -> bool:
+        return True
 
 
-def unreachable_error(kind: str, closest: float, requested: float) -> TargetError:
-    return TargetError(f"{kind}: {requested:g} was asked, {closest:.4f} is the closest that can be reached", closest)
+TARGETS: dict[str, type[Target]] = {
+    target.kind: target for target in (Flops, Params, Latency, NeuronSparsity, WeightSparsity, Dead)
+}
+
+
+def target_of(kind: str, value: float) -> Target:
+    """A target by name.
+
+    Raises:
+        ValueError: there is none of this name.
+    """
+    if kind not in TARGETS:
+        raise ValueError(f"kind: expected one of {', '.join(TARGETS)}, found {kind!r}{did_you_mean(kind, TARGETS)}")
+    return TARGETS[kind](value)

@@ -6,6 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from dnr_plugin.pruning.targets import Target, target_of
+
 Schedule = Literal["constant", "cosine", "linear", "one_cycle"]
 
 
@@ -184,6 +186,11 @@ class TargetOptions(Section):
     @property
     def value(self) -> float:
         return float(getattr(self, self.kind))
+
+    @property
+    def target(self) -> Target:
+        """As removal takes it."""
+        return target_of(self.kind, self.value)
 
 
 class ObserveOptions(Section):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,11 +34,10 @@ class Affine:
     def __init__(self, module: nn.Module, norm: nn.Module | None) -> None:
         assert norm is None or isinstance(norm, nn.modules.batchnorm._BatchNorm)
         self.kind = consumer(module)
-        self.module: Any = module
-        self.norm = norm
+        self.module, self.norm = self.kind.module, norm
         self._bias = self.module.bias if isinstance(self.module.bias, Tensor) else None
         self.movable = norm is not None or self._bias is not None
-        weights = self.module.weight.detach().double().flatten(1)
+        weights: Tensor = self.kind.module.weight.detach().double().flatten(1)
         self._scale = weights.new_ones(len(weights))
         shift = torch.zeros_like(self._scale)
         if norm is not None:

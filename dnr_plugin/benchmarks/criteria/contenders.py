@@ -183,7 +183,7 @@ def check_scores(criterion: Criterion, model: nn.Module, example_inputs: Any, li
     Raises:
         ValueError: a layer without scores, with a wrong number of them, or with scores that are not finite.
     """
-    for layer in prunable_layers(model, example_inputs, limits, {})[0]:
+    for layer in prunable_layers(model, example_inputs, limits, {}).layers:
         scores = criterion(layer.group)
         if scores is None:
             raise ValueError(f"{layer.name}: the criterion gives no scores")

@@ -38,8 +38,8 @@ from dnr_plugin.recipe.load import load_recipe, write_recipe
 from dnr_plugin.recipe.schema import Recipe
 from dnr_plugin.reports.figures.drawing import save_figure
 from dnr_plugin.runs.checks import check_ranks, check_recipe, limits_of
-from dnr_plugin.runs.run import Track
 from dnr_plugin.runs.run_folder import check_folder
+from dnr_plugin.runs.state import Track
 from dnr_plugin.scoring.importance import DyingNeuronImportance
 from dnr_plugin.seeds import derive_seed
 from dnr_plugin.training.trainer import DivergedError
