@@ -25,7 +25,7 @@ class TargetError(RuntimeError):
     Args:
         message: one line.
         closest: the value of the target's own measure that can be reached.
-        plan: the `planning.Plan` that reaches it.
+        plan: the `plan.Plan` that reaches it.
     """
 
     def __init__(self, message: str, closest: float, plan: Any = None) -> None:

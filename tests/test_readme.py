@@ -1,4 +1,4 @@
-"""Every command and every snippet of the README runs as it stands there, small where it would take long.
+"""Every command and every snippet of README and docs runs as it stands there, small where it would take long.
 
 Commands that share a process share what they read; the first two also run as a stranger would, in one clone, in order.
 """
@@ -27,13 +27,20 @@ from dnr_plugin.network.cost import count_params
 from dnr_plugin.recipe.load import load_recipe
 
 README = (ROOT / "README.md").read_text()
-COMMANDS = [
-    line
-    for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
-    for line in block.replace("\\\n", " ").splitlines()
-    if line.strip() and not line.startswith("#")
-]
-SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+PAGES = README + "\n".join(page.read_text() for page in sorted((ROOT / "docs").glob("*.md")))
+
+
+def _blocks(language: str, text: str) -> list[str]:
+    """Code of one language, each block once."""
+    return list(dict.fromkeys(re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)))
+
+
+def _commands(text: str) -> list[str]:
+    lines = [line for block in _blocks("bash", text) for line in block.replace("\\\n", " ").splitlines()]
+    return list(dict.fromkeys(line for line in lines if line.strip() and not line.startswith("#")))
+
+
+COMMANDS, SNIPPETS = _commands(PAGES), _blocks("python", PAGES)
 # What makes a long command short; later overrides win. Folders are replaced by the test's own.
 SMALL = [
     "model.width=4",
@@ -58,8 +65,8 @@ def _small(recipe: str) -> list[str]:
 
 
 def test_the_readme_starts_with_the_two_commands() -> None:
-    assert COMMANDS[0] == "pip install . && dnr run recipes/quickstart.yaml"
-    assert COMMANDS[1] == 'pip install -e ".[test]" && pytest'
+    assert _commands(README)[0] == "pip install . && dnr run recipes/quickstart.yaml"
+    assert _commands(README)[1] == 'pip install -e ".[test]" && pytest'
 
 
 @pytest.mark.slow
@@ -117,7 +124,7 @@ def small_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.usefixtures("read_once")
 @pytest.mark.parametrize("command", [line for line in COMMANDS if line.startswith("dnr ")])
-def test_a_command_of_the_readme_runs(
+def test_a_command_runs(
     command: str,
     tmp_path: Path,
     request: pytest.FixtureRequest,
@@ -155,7 +162,7 @@ def test_a_command_of_the_readme_runs(
 
 
 @pytest.mark.parametrize("snippet", SNIPPETS, ids=lambda text: text.splitlines()[0])
-def test_a_snippet_of_the_readme_runs(snippet: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_snippet_runs(snippet: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a small network and random images standing in for the reader's own."""
     monkeypatch.chdir(tmp_path)
     model = torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=10)
@@ -179,8 +186,3 @@ def test_a_snippet_of_the_readme_runs(snippet: str, tmp_path: Path, monkeypatch:
 
 def test_nothing_is_left_to_fill_in() -> None:
     assert "@@" not in README
-
-
-def test_the_links_of_the_readme_lead_somewhere() -> None:
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
-        assert target.startswith("https://") or (ROOT / target).exists(), target

@@ -77,9 +77,9 @@ class DyingNeuronDynamics:
         min_samples: samples per layer that a check needs; it is put off until so many were read.
         importance: ranks the neurons and sets how they are read; `DyingNeuronImportance("variation")` by
             default. Redundancy, too, goes by variances alone here, as no second moments are gathered while training.
-        scope: "local", "global" or "isomorphic" (`planning.plan_removal`).
+        scope: "local", "global" or "isomorphic" (`plan.plan_removal`).
         limits: what may be removed.
-        dense: `planning.baseline` of the dense model, when going on with one that was pruned.
+        dense: `targets.baseline` of the dense model, when going on with one that was pruned.
         fold: move the means of removed neurons that were not zeroed into what follows.
 
     Attributes:

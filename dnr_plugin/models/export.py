@@ -38,11 +38,11 @@ def export_model(
     """Exports a saved model with a free batch size, reads the file back and compares its outputs with the model's.
 
     Args:
-        folder: of a finished run, or written by `checkpoint.save_pruned`.
+        folder: of a finished run, or written by `saved.save_pruned`.
         file: to be written; there is none yet.
         format: one of `FORMATS`: "onnx", or "torch" for the archive of `torch.export.save`.
         shape: of one image, as "3x32x32"; None for what the model's builder says.
-        allow_import: see `checkpoint.load_pruned`.
+        allow_import: see `saved.load_pruned`.
 
     Returns:
         The largest difference of the outputs, relative to the largest output, over random images of a fixed seed in

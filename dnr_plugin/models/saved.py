@@ -199,9 +199,9 @@ def saved_model(folder: Path, shape: str | None, allow_import: bool) -> tuple[nn
     """A saved model in eval mode, its builder, and a blank image of a size that it takes.
 
     Args:
-        folder: written by `checkpoint.save_pruned`.
+        folder: written by `saved.save_pruned`.
         shape: "3x32x32", or None for what the builder says.
-        allow_import: see `checkpoint.load_pruned`.
+        allow_import: see `saved.load_pruned`.
 
     Raises:
         InputError: the folder holds no model, or the model does not take such images.

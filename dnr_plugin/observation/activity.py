@@ -1,6 +1,6 @@
 """Statistics of a layer's activations: pure functions of counts, and the running sums that feed them.
 
-No hooks and no model here: `observe.py` feeds an `Activity` from a live network. Everything kept is a sum, a count,
+No hooks and no model here: `observer.py` feeds an `Activity` from a live network. Everything kept is a sum, a count,
 a maximum or a minimum with a declared reduction, so that batches, ranks and resumed runs merge exactly.
 
 Notation: ``a`` is the activation of one channel, read at the input of the layer that consumes it, over samples ``n``

@@ -44,7 +44,7 @@ class CostModel:
 
     Args:
         model: the network as it is now.
-        report: its `measure.flop_report`.
+        report: its `cost.flop_report`.
     """
 
     def __init__(self, model: nn.Module, report: FlopReport) -> None:

@@ -18,7 +18,7 @@ class Section(BaseModel):
 
 
 def _scheduled(what: str, highest: str, default: Schedule) -> Any:
-    """The field of a schedule; `pressure.scheduled` has the formulas."""
+    """The field of a schedule; `schedules.scheduled` has the formulas."""
     return Field(
         default=default,
         description=f"{what} per step: constant; linear or cosine, down from {highest} to zero; "

@@ -14,7 +14,7 @@ labels. What is fitted is what matters:
   others lost;
 - where a ReLU follows, its result: outputs that both networks have below zero need not agree (Zhang et al.,
   *Accelerating Very Deep Convolutional Networks*, TPAMI 2016, section 2.2);
-- with ``pairs``, where nothing but a ReLU lies between two layers, what the second makes of the first (`pairs`).
+- with ``pair``, where nothing but a ReLU lies between two layers, what the second makes of the first (`pair`).
 
 Source: He et al., *Channel Pruning for Accelerating Very Deep Neural Networks*, ICCV 2017, section 3, with a damping
 :math:`\lambda` that held-out images choose. ``docs/criterion.md`` has what each part gained.
@@ -105,7 +105,7 @@ def repair_network(
         dense: the network before anything was removed, on the same device.
         example_inputs: as Torch-Pruning takes them.
         removals: root layer -> neurons that were removed, numbered as in ``dense``.
-        pairs: also fit layers by what the next one makes of them, where a ReLU alone lies between (`pairs`); takes
+        pairs: also fit layers by what the next one makes of them, where a ReLU alone lies between (`pair`); takes
             three times as long.
         images, rows, memory, seed: see `Reference`.
 

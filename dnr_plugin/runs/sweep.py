@@ -81,7 +81,7 @@ def run_sweep(
 
     Args:
         path: the recipe's file.
-        overrides: as for `recipe.load_recipe`.
+        overrides: as for `load.load_recipe`.
         vary: ``a.b=v1,v2`` each; all combinations of their values are run.
         output: folder with one folder for each run; ``sweeps/<recipe name>`` by default.
         resume: go on with what lies in the folder; the values may be more than they were, not others.

@@ -15,7 +15,7 @@ from dnr_plugin.scoring.evidence import Evidence
 
 
 def readers(graph: tp.DependencyGraph, evidence: Sequence[Evidence]) -> list[Reader]:
-    """A group's consumers as `redundancy.damages` takes them.
+    """A group's consumers as `brain_surgeon.damages` takes them.
 
     Outputs count in units of what follows: behind a BatchNorm, as it scales them; else relative to their own spread.
 

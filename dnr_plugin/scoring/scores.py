@@ -27,7 +27,7 @@ class Score:
 
     Attributes:
         read: value per input channel of a consumer, >= 0, shape [in_channels]; None for redundancy, which takes all
-            consumers together (`consumers.redundancy`).
+            consumers together (`redundancy.redundancy`).
         inside: reduction over the channels that carry one neuron at one consumer.
         across: reduction over consumers, "max" or "sum".
         formula: for the reader.

@@ -76,7 +76,7 @@ def _scores(name: str, net: nn.Module, data: Calibration, seed: int = 0) -> Tens
     """Logarithms of those of all layers, each layer's divided by their mean."""
     criterion, model = _built(name, net, data, seed)
     torch.manual_seed(seed)
-    found = [criterion(layer.group) for layer in prunable_layers(model, data.example, Limits(), {})[0]]
+    found = [criterion(layer.group) for layer in prunable_layers(model, data.example, Limits(), {}).layers]
     known = [score.detach().double() for score in found if score is not None]
     return torch.cat([(score / score.mean()).log() for score in known])
 

@@ -146,7 +146,8 @@ def test_what_fails_is_noted_and_the_rest_goes_on(
     monkeypatch.setattr(grid_module, "SCOPES", ("local", "odd"))  # one that the planner does not know
     folder = tmp_path / "bench"
     arguments = ["--levels", "0.5", "--seeds", "0", "--scopes", "local,odd", "--criteria", "l2,lamp,l1"]
-    monkeypatch.setattr("dnr_plugin.benchmarks.criteria.tables.SCOPES", ("local", "odd"))
+    for module in ("run", "tables"):
+        monkeypatch.setattr(f"dnr_plugin.benchmarks.criteria.{module}.SCOPES", ("local", "odd"))
     assert main(["bench", "criteria", str(tiny), *SET, "--output", str(folder), *arguments]) == 0
     reasons = {(cell["criterion"], cell["scope"]): cell["reason"] for cell in _cells(folder)}
     assert reasons["l2", "local"] == reasons["l2", "odd"] == "ZeroDivisionError: nothing to divide by"

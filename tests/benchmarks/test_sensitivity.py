@@ -32,7 +32,7 @@ def test_a_curve_for_each_layer_from_a_network_trained_once(
     assert result["dense"] == json.loads((folder / "criteria.json").read_text())["dense"]["by_seed"]["0"]
     recipe = load_recipe(tiny, SET[1::2])
     model = build_model(recipe.model, 10, 3, 16)
-    layers, _, _ = prunable_layers(model, torch.randn(1, 3, 16, 16), Limits(), {})
+    layers = prunable_layers(model, torch.randn(1, 3, 16, 16), Limits(), {}).layers
     assert [row["layer"] for row in result["layers"]] == [layer.name for layer in layers]
     for row, layer in zip(result["layers"], layers, strict=True):
         assert row["neurons"] == layer.size

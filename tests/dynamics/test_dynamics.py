@@ -31,7 +31,7 @@ from torch import nn
 from dnr_plugin.dynamics.timetable import Timetable
 from dnr_plugin.network.cost import flop_report
 from dnr_plugin.pruning.groups import Limits
-from dnr_plugin.pruning.targets import baseline, measure, reached
+from dnr_plugin.pruning.targets import TARGETS, baseline
 
 
 @pytest.mark.parametrize("patience", [0, 1, 3])
@@ -210,9 +210,9 @@ def test_accounts_add_up_and_targets_are_met(kind: str, value: float, scope: str
     removed = sum(len(gone) for check in found for gone in check.removed.values())
     assert removed > 0
     report = flop_report(model, example)
-    achieved = measure(kind, report.flops, report.params, dense.neurons - removed, dense)
+    achieved = TARGETS[kind]().measure(report.flops, report.params, dense.neurons - removed, dense)
     if kind != "dead":
-        assert reached(kind, achieved, value), achieved
+        assert TARGETS[kind](value).reached(achieved), achieved
         assert abs(achieved - value) <= step_size + 1e-9
     round_to = allowed.round_to or 1
     for name, size in every_group.SIZES.items():

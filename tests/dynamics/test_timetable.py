@@ -27,7 +27,7 @@ from helpers.training import (
 from dnr_plugin.dynamics.timetable import Timetable
 from dnr_plugin.network.cost import flop_report
 from dnr_plugin.pruning.groups import Limits
-from dnr_plugin.pruning.targets import KEPT_TARGETS, baseline, measure
+from dnr_plugin.pruning.targets import TARGETS, baseline
 
 
 @pytest.mark.parametrize(
@@ -53,8 +53,8 @@ def test_ramps(kind: str, ramp: Any, share: Any) -> None:
             t = min(max(number - 1, 0) / 3, 1.0)  # nothing at check 1, all at check 4
             reach = value * (share(t) if number > 1 else 0.0)
             report = flop_report(model, example)
-            found = measure(kind, report.flops, report.params, dense.neurons - removed, dense)
-            if kind in KEPT_TARGETS:
+            found = TARGETS[kind]().measure(report.flops, report.params, dense.neurons - removed, dense)
+            if TARGETS[kind].keeps:
                 assert reach - 1e-9 <= 1 - found <= reach + step_size + 1e-9
             else:
                 assert reach - 1e-9 <= found < reach + 1 / 24

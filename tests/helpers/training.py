@@ -17,7 +17,7 @@ from dnr_plugin.models.build import build_model
 from dnr_plugin.network.cost import flop_report
 from dnr_plugin.pruning.groups import Limits, prunable_layers
 from dnr_plugin.pruning.removal import prune_neurons
-from dnr_plugin.pruning.targets import baseline, measure
+from dnr_plugin.pruning.targets import TARGETS, baseline
 from dnr_plugin.recipe.sections import ModelOptions
 from dnr_plugin.scoring.importance import DyingNeuronImportance
 from helpers.networks import images, make
@@ -115,14 +115,15 @@ def everything_dead() -> nn.Module:
 def one_step(model: nn.Module, example: Tensor, kind: str, limits: Limits) -> float:
     """The most that a single removal step changes a target's measure."""
     dense = baseline(model, example)
-    layers, _, neurons = prunable_layers(model, example, limits, {})
+    found_groups = prunable_layers(model, example, limits, {})
+    layers, neurons = found_groups.layers, found_groups.neurons
     most = 0.0
     for layer in layers:
         trial, gone = copy.deepcopy(model), layer.neurons(range(layer.portions[0]))
         prune_neurons(trial, example, {layer.name: gone})
         report = flop_report(trial, example)
-        found = measure(kind, report.flops, report.params, neurons - len(gone), dense)
-        most = max(most, abs(found - measure(kind, dense.report.flops, dense.report.params, neurons, dense)))
+        found = TARGETS[kind]().measure(report.flops, report.params, neurons - len(gone), dense)
+        most = max(most, abs(found - TARGETS[kind]().measure(dense.report.flops, dense.report.params, neurons, dense)))
     return most
 
 

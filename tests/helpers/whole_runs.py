@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from dnr_plugin.models.saved import load_pruned
-from dnr_plugin.runs.run import Track
+from dnr_plugin.runs.state import Track
 
 
 def events_of(folder: Path) -> list[dict[str, Any]]:

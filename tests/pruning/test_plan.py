@@ -24,7 +24,7 @@ from dnr_plugin.pruning import plan as planning
 from dnr_plugin.pruning.groups import Limits
 from dnr_plugin.pruning.plan import Plan, check_target, plan_removal, reachable
 from dnr_plugin.pruning.removal import prune_neurons
-from dnr_plugin.pruning.targets import TARGETS, baseline
+from dnr_plugin.pruning.targets import TARGETS, baseline, target_of
 from dnr_plugin.scoring.importance import DyingNeuronImportance
 
 
@@ -445,7 +445,7 @@ def test_search_finds_the_first_step_despite_wrong_predictions(kind: str) -> Non
         drift = draw.uniform(-0.2, 0.2)
         predicted = [value + drift * k / 40 for k, value in enumerate(true)]
         value = draw.uniform(min(true), max(true))
-        count, found = planning._first_reached(kind, predicted, value, true.__getitem__)
+        count, found = planning._first_reached(target_of(kind, value), predicted, true.__getitem__)
         assert found == true[count]
         assert found <= value if kept else found >= value
         # the step before is judged by a prediction corrected by the error one step further

@@ -25,7 +25,7 @@ from dnr_plugin.recipe.load import load_recipe
 from dnr_plugin.repair.network import repair_network
 from dnr_plugin.reports.figures.run import RUN_CAPTIONS as CAPTIONS
 from dnr_plugin.reports.run_report import facts
-from dnr_plugin.runs import run, run_folder
+from dnr_plugin.runs import removal_stage, run_folder
 from dnr_plugin.runs.run import run_recipe
 
 CONTRACT = {
@@ -140,7 +140,7 @@ def test_repair_in_two_steps_knows_neurons_by_their_first_numbers(
         # of a copy, since repair changes the weights that tell
         return repair_network(copy.deepcopy(model), dense, example, removals, images, **options)
 
-    monkeypatch.setattr(run, "repair_network", checked)
+    monkeypatch.setattr(removal_stage, "repair_network", checked)
     short = ["train.epochs=1", "finetune.epochs=0", "data.train_size=96", "model.width=6", "prune.recalibrate=null"]
     steps = ["prune.target={neuron_sparsity: 0.4}", "prune.steps=2", "prune.scope=global"]
     report = run_recipe(load_recipe(tiny, [*short, *steps]), tmp_path / "run")

@@ -15,9 +15,10 @@ from dnr_plugin.cli.main import main
 from dnr_plugin.errors import InputError, RunError
 from dnr_plugin.recipe.load import load_recipe
 from dnr_plugin.reports.comparison import compare_runs
-from dnr_plugin.runs import combinations, run, sweep
+from dnr_plugin.runs import combinations, sweep
 from dnr_plugin.runs.combinations import combine
 from dnr_plugin.runs.run import run_recipe
+from dnr_plugin.runs.state import Track
 from dnr_plugin.runs.sweep import Outcome, run_sweep
 
 FLOPS = "prune.target.flops=0.5,0.7"
@@ -35,7 +36,7 @@ def _assert_alone(folder: Path, tiny: Path, alone: Path, *overrides: str) -> Non
     assert {path.name for path in folder.iterdir()} == {path.name for path in alone.iterdir()}
 
 
-def _killing(what: str, times: int) -> run.Track:
+def _killing(what: str, times: int) -> Track:
     """Stops a sweep in the third step of what is shown under this name for the n-th time."""
     left = [times]
 
@@ -49,7 +50,7 @@ def _killing(what: str, times: int) -> run.Track:
     return track
 
 
-def _listing(shown: list[str]) -> run.Track:
+def _listing(shown: list[str]) -> Track:
     def track(items: Iterable[Any], total: int, what: str) -> Iterable[Any]:
         shown.append(what)
         return items

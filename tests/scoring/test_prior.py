@@ -18,8 +18,11 @@ from dnr_plugin.network.dependencies import build_graph
 from dnr_plugin.observation.history import NeuronHistory
 from dnr_plugin.pruning.plan import plan_removal
 from dnr_plugin.pruning.removal import prune_neurons
+from dnr_plugin.pruning.targets import Target
 from dnr_plugin.recipe.load import load_recipe
-from dnr_plugin.runs.run import _Run, run_recipe
+from dnr_plugin.runs import removal_stage
+from dnr_plugin.runs.run import run_recipe
+from dnr_plugin.runs.state import RunState
 from dnr_plugin.scoring.importance import DyingNeuronImportance
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is left alone.*")
@@ -129,16 +132,16 @@ def test_a_run_hands_the_past_on_and_resumes_with_it(
 ) -> None:
     recipe = load_recipe(tiny, PRIOR)
     seen: list[dict[str, tuple[int, int]]] = []
-    plan = _Run.plan
+    plan = removal_stage.plan_towards
 
-    def spied(run: _Run, importance: DyingNeuronImportance, value: float) -> Any:
+    def spied(run: RunState, importance: DyingNeuronImportance, target: Target) -> Any:
         assert importance.prior == 2.0
         seen.append({name: (len(h.dead), h.checks) for name, h in importance.histories.items()})
-        found = plan(run, importance, value)
+        found = plan(run, importance, target)
         assert {name: neurons for name, (neurons, _) in seen[-1].items()} == found.sizes
         return found
 
-    monkeypatch.setattr(_Run, "plan", spied)
+    monkeypatch.setattr(removal_stage, "plan_towards", spied)
     run_recipe(recipe, tmp_path / "straight")
     assert len(seen) == 2 and {checks for _, checks in seen[0].values()} == {2}
     assert sum(n for n, _ in seen[1].values()) < sum(n for n, _ in seen[0].values())

@@ -23,7 +23,7 @@ def criteria_figure(result: Mapping[str, Any]) -> Figure:
     """Accuracy against kept FLOPs: a panel per figure, in it a line per criterion in its best scope there.
 
     Args:
-        result: of `bench_tables.summary`.
+        result: of `tables.summary`.
     """
     from matplotlib.figure import Figure
 

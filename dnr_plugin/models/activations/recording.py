@@ -67,7 +67,7 @@ def _left(model: nn.Module, recorded: list[ActivationCall], chosen: Activation |
 
 
 def activation_summary(model: nn.Module, example: Any) -> dict[str, Any]:
-    """The activations of a model that `models.build_model` or `rebuild` made, for a run's report.
+    """The activations of a model that `build.build_model` or `rebuild` made, for a run's report.
 
     Returns:
         ``name``: the chosen activation, or None where none was chosen; ``negative_slope`` of leaky_relu; ``places``:

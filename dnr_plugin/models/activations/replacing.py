@@ -57,7 +57,7 @@ def replace_activations(
     keys of the state_dict stay; the model can still be copied, pickled, traced and pruned.
 
     Args:
-        model: any network; its modes, buffers and the random state stay. Where it was built by `models.build_model`,
+        model: any network; its modes, buffers and the random state stay. Where it was built by `build.build_model`,
             its ``dnr_builder`` learns of the replacement, so that it can be saved and rebuilt.
         activation: relu, leaky_relu, silu or gelu.
         negative_slope: of leaky_relu, >= 0.
