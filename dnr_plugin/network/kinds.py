@@ -2,7 +2,7 @@
 
 One class a kind, one table from module types to kinds. `kind_of` puts a module into the class that fits its type; a
 type that is not in the table gets `Kind`, which uses no neurons, has no channels that are known and is not repaired. A
-layer of one's own becomes known by `register_layer`.
+layer of one's own becomes known by `register_layer`. What each has to answer stands in `layer_kind`.
 
 A subclass of a layer of torch that runs by a ``forward`` of its own (not `Kind.stock`) is pruned and observed like its
 base, as Torch-Pruning does, but never computed in its place: repair leaves it as it is, with the reason.
@@ -12,146 +12,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Scaling = Literal["product", "square", "linear"]
-
-
-class Kind:
-    """A layer that uses no neurons of its own accord; the base of all kinds.
-
-    Args:
-        module: the layer.
-
-    Attributes:
-        consumes: whether it mixes its input channels, so that a neuron's activation is "used" there.
-        depthwise: whether Torch-Pruning prunes it together with its input, though it has weights for each channel.
-        scaling: what FLOPs and matrices of parameters grow with: "product" of input and output channels, "square" of
-            the output channels, or "linear" in these.
-    """
-
-    consumes: ClassVar[bool] = False
-    depthwise = False
-    scaling: Scaling = "linear"
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module: Any = module
-
-    @property
-    def channels(self) -> tuple[int, int]:
-        """Input and output channels (or features); 0 where the layer is none that is known here."""
-        return 0, 0
-
-    @property
-    def blocks(self) -> int:
-        """Equal blocks of channels that must stay equally wide, such as the groups of a convolution."""
-        return 1
-
-    @property
-    def stock(self) -> bool:
-        """Whether it runs by a ``forward`` of torch's own."""
-        return bool(type(self.module).forward.__module__.startswith("torch."))
-
-    @property
-    def unrepaired(self) -> str | None:
-        """Why least squares cannot fit its weights, or None where they can."""
-        return f"{type(self.module).__name__} is not repaired"
-
-    @property
-    def unknowns(self) -> int:
-        """Weights of one output; 0 where repair does not ask."""
-        return 0
-
-    def makes(self, parameter: Tensor) -> int | None:
-        """Dimension of one of `makers`' parameters that numbers output channels, or None where none does."""
-        return 0
-
-    @property
-    def maker(self) -> nn.Module:
-        """The module whose parameters make the output channels."""
-        return self.module  # type: ignore[no-any-return]
-
-
-class Consumer(Kind):
-    """A layer that mixes its input channels. `a` is its input, or its output, of any shape that it takes or gives."""
-
-    consumes = True
-    scaling: Scaling = "product"
-
-    def by_channel(self, a: Tensor) -> Tensor:
-        """Any input or output as a view of shape [N, C, P]: samples, channels, positions."""
-        raise NotImplementedError
-
-    def batched(self, a: Tensor) -> Tensor:
-        """An input with a dimension of samples in front, also where it had none."""
-        return a if a.dim() > 1 else a.unsqueeze(0)
-
-    def mask(self, channels: Tensor) -> Tensor:
-        """A value for each input channel, shape [C], in a shape that broadcasts to an input."""
-        return channels
-
-    @property
-    def taps(self) -> int:
-        """Positions of a kernel."""
-        return 1
-
-    def features(self, most: int) -> int:
-        """Values of a channel that second moments keep apart: the taps, where there are at most so many in all."""
-        return 1
-
-    def rows(self, a: Tensor, places: Tensor) -> Tensor:
-        """What the weights of an output are multiplied with, at some positions of the output, shape [K].
-
-        Returns:
-            Shape [N * K, in * taps], in the order of the weights; the places of one sample next to each other.
-        """
-        return self.by_channel(a)[:, :, places.to(a.device)].transpose(1, 2).flatten(0, 1)
-
-    def positions(self, a: Tensor) -> int:
-        """Positions of the output for an input; as many as of the input, by default."""
-        return self.by_channel(a).shape[2]
-
-    def matrices(self, each: int) -> list[Tensor]:
-        """Weights by what they are multiplied with, for each group of a grouped convolution.
-
-        Args:
-            each: features of a channel (`features`).
-
-        Returns:
-            Float64 on the CPU, shape [outputs, features] each. Where a convolution's channels are read alone, every
-            position of the kernel is an output of its own.
-        """
-        raise NotImplementedError
-
-    def assign(self, each: int, matrices: Sequence[Tensor]) -> None:
-        """The reverse of `matrices`."""
-        raise NotImplementedError
-
-    def norms(self) -> Tensor:
-        """L2 norm of the weights that read each input channel, float64, shape [in]."""
-        raise NotImplementedError
-
-    def run(self, a: Tensor, weights: Tensor, constants: Tensor) -> Tensor:
-        """What comes out of an input with other weights and constants, shape [out, in * taps] and [out]."""
-        raise NotImplementedError
-
-    @property
-    def no_constant(self) -> str | None:
-        """Why no shift of its outputs can stand in for a constant input, or None where one can, borders aside."""
-        return None
-
-    @property
-    def folds_exactly(self) -> bool:
-        """Whether a constant input makes a constant output at every position, borders included."""
-        return False
-
-    def shift(self, inputs: Tensor) -> Tensor:
-        """Outputs for inputs that are constant, shape [in] -> [out], float64, borders aside."""
-        raise NotImplementedError
+from dnr_plugin.network.layer_kind import Consumer, Kind
 
 
 class Linear(Consumer):

@@ -1,7 +1,8 @@
-"""Patches are what a kernel covers, at every position, whatever the padding."""
+"""What is asked of layers: patches at every position, whatever the padding; kinds, known and one's own."""
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -10,7 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dnr_plugin.network.kinds import consumer, kind_of
+from dnr_plugin.network import kinds
+from dnr_plugin.network.kinds import consumer, is_batchnorm, is_consumer, kind_of, register_layer
+from dnr_plugin.network.layer_kind import Consumer
+from dnr_plugin.observation.observer import Observer
+from dnr_plugin.pruning.removal import prune_neurons
+from dnr_plugin.repair.network import repair_network
 
 CONVOLUTIONS: dict[str, Any] = {
     "plain": (nn.Conv2d, {"kernel_size": 3}),
@@ -106,3 +112,100 @@ def test_taps(module: nn.Module, taps_of: int) -> None:
 )
 def test_channels_come_second(module: nn.Module, shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
     assert consumer(module).by_channel(torch.randn(shape)).shape == expected
+
+
+class Scaled(nn.Module):
+    """A linear layer of one's own: each input has a scale as well."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.inputs, self.outputs = inputs, outputs
+        self.weight = nn.Parameter(torch.randn(outputs, inputs))
+        self.scale = nn.Parameter(torch.ones(inputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x * self.scale) @ self.weight.T
+
+
+class ScaledKind(Consumer):
+    @property
+    def channels(self) -> tuple[int, int]:
+        return self.module.inputs, self.module.outputs
+
+    def by_channel(self, a: Tensor) -> Tensor:
+        return a.unsqueeze(-1)
+
+    def norms(self) -> Tensor:
+        return (self.module.weight * self.module.scale).detach().norm(dim=0).double()
+
+
+def test_a_layer_type_of_ones_own_is_unknown_until_it_is_registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kinds, "_KINDS", dict(kinds._KINDS))
+    layer = Scaled(4, 3)
+    assert not is_consumer(layer) and kind_of(layer).channels == (0, 0)
+    assert kind_of(layer).unrepaired == "Scaled is not repaired"
+    register_layer(Scaled, ScaledKind)
+    observer = Observer(nn.Sequential(layer))
+    with observer:
+        observer.model(torch.tensor([[1.0, 0.0, -2.0, 3.0]]))
+    assert observer.activities["0"].highest.tolist() == [1.0, 0.0, -2.0, 3.0]
+    assert consumer(layer).norms().shape == (4,)
+    assert type(kind_of(type("Narrow", (Scaled,), {})(4, 3))) is ScaledKind  # with its subclasses
+
+
+class Standardised(nn.Conv2d):
+    """What it computes is not what its weights say."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(x, self.weight - self.weight.mean(), self.bias)
+
+
+class Activated(nn.BatchNorm2d):
+    """A BatchNorm with its ReLU, as in timm."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(super().forward(x))
+
+
+def test_a_subclass_with_a_forward_of_its_own_is_not_the_plain_layer() -> None:
+    assert kind_of(Standardised(2, 2, 1)).unrepaired == "Standardised has a forward of its own"
+    assert kind_of(nn.Conv2d(2, 2, 1)).unrepaired is None
+    assert is_batchnorm(nn.BatchNorm2d(2)) and not is_batchnorm(Activated(2))
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), Activated(8), Standardised(8, 8, 3), Activated(8), nn.Conv2d(8, 4, 1)
+    ).eval()  # fmt: skip
+    x, before = torch.randn(32, 3, 8, 8), copy.deepcopy(model.state_dict())
+    expected = model(x)
+    rows = repair_network(model, copy.deepcopy(model), x[:1], {}, x)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert torch.equal(model(x), expected)
+    dense = copy.deepcopy(model)
+    prune_neurons(model, x[:1], {"0": [0, 1], "2": [3]})
+    bare = float((model(x) - expected).norm().detach())
+    rows = repair_network(model, dense, x[:1], {"0": [0, 1], "2": [3]}, x)
+    assert {row.layer: row.left for row in rows if row.left} == {"2": "Standardised has a forward of its own"}
+    assert float((model(x) - expected).norm().detach()) < bare
+
+
+@pytest.mark.parametrize(
+    ("module", "blocks", "channels", "scaling"),
+    [
+        (nn.Conv2d(6, 9, 3, groups=3), 3, (6, 9), "product"),
+        (nn.Conv2d(6, 6, 3, groups=6), 1, (6, 6), "linear"),
+        (nn.ConvTranspose2d(6, 6, 3, groups=6), 1, (6, 6), "linear"),
+        (nn.Linear(4, 2), 1, (4, 2), "product"),
+        (nn.MultiheadAttention(8, 2), 2, (8, 8), "square"),
+        (nn.GroupNorm(2, 8), 2, (8, 8), "linear"),
+        (nn.LayerNorm((3, 8)), 1, (8, 8), "linear"),
+        (nn.BatchNorm1d(5), 1, (5, 5), "linear"),
+        (nn.ReLU(), 1, (0, 0), "linear"),
+    ],
+    ids=str,
+)
+def test_what_is_asked_of_every_layer(
+    module: nn.Module, blocks: int, channels: tuple[int, int], scaling: str
+) -> None:  # fmt: skip
+    kind = kind_of(module)
+    assert (kind.blocks, kind.channels, kind.scaling) == (blocks, channels, scaling)
+    assert kind.consumes == is_consumer(module) == (scaling != "linear")
