@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 import yaml  # noqa: E402
 
-from dnr_plugin import data  # noqa: E402
+from dnr_plugin import data, planning, run  # noqa: E402
+from dnr_plugin.measure import latencies  # noqa: E402
 from dnr_plugin.schema import DataOptions  # noqa: E402
 
 torch.set_num_threads(int(THREADS))
@@ -71,6 +73,20 @@ def cifar10() -> Path:
     if not (folder / "cifar-10-batches-py").is_dir():
         pytest.skip(f"CIFAR-10 is not in {folder}")
     return folder
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes longest starts first, so that no worker is left alone with it at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("longest") is None)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def timed_briefly() -> Iterator[None]:
+    """Latency is measured for two seconds at the end of every run; that it is right is for `test_measure` to say."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (run, planning):
+            patch.setattr(module, "latencies", partial(latencies, seconds=0.1))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
 UNIT = 2.0**-24  # unit roundoff of float32
 
 
