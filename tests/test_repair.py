@@ -182,10 +182,10 @@ def observed(model: nn.Module, data: Callable[[int, int], Tensor], **settings: A
 def unrecovered(mix: Mix) -> float:
     r"""What damping may leave of combinations that the other neurons carry, relative to the outputs.
 
-    With damping :math:`\lambda` (of the mean variance) a ridge regression misses :math:`\lambda / (\sigma + \lambda)` of
-    each direction of variance :math:`\sigma`, so that its error is at most
-    :math:`\max_\sigma \sqrt\sigma \lambda / (\sigma + \lambda) = \sqrt\lambda / 2` for a coefficient of one, however the
-    inputs are conditioned. The moments' rounding is part of :math:`\lambda`, which is chosen to exceed it.
+    With damping :math:`\lambda` (of the mean variance) a ridge regression misses :math:`\lambda / (\sigma + \lambda)`
+    of each direction of variance :math:`\sigma`, so that its error is at most
+    :math:`\max_\sigma \sqrt\sigma \lambda / (\sigma + \lambda) = \sqrt\lambda / 2` for a coefficient of one, however
+    the inputs are conditioned. The moments' rounding is part of :math:`\lambda`, which is chosen to exceed it.
     """
     weights = [share for others in mix.values() for share in others.values()]
     damping = moments._ROUNDING + min(brain_surgeon._DAMPINGS)
