@@ -33,6 +33,7 @@ def test_the_names_of_the_contract_are_public() -> None:
         dnr_plugin.nothing  # type: ignore[attr-defined]  # noqa: B018
 
 
+@pytest.mark.longest
 @pytest.mark.parametrize("command", [["ruff", "check"], ["ruff", "format", "--check"], ["mypy"]], ids=" ".join)
 def test_the_code_is_clean(command: list[str]) -> None:
     done = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True)

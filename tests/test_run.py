@@ -109,6 +109,7 @@ def test_each_target_runs_to_the_end(tiny: Path, tmp_path: Path, overrides: list
     assert report["pruned"]["accuracy"] == report["pruned"]["accuracy_before_finetune"]
 
 
+@pytest.mark.longest
 def test_a_run_stopped_anywhere_and_resumed_is_the_same_run(tiny: Path, tmp_path: Path) -> None:
     """In the first step, the second epoch, the dense evaluation, right after the removal, and while fine-tuning."""
     recipe = load_recipe(tiny)
@@ -177,6 +178,7 @@ PRESSURE = """{epochs: 2, batch_size: 32, lr: 0.05, clip_norm: 1.0, pressure: {w
     bn_l1: {strength: 0.01}, noise: {std: 0.001, schedule: cosine, when: %s}}}"""
 
 
+@pytest.mark.longest
 def test_a_run_under_pressure_stopped_and_resumed_is_the_same_run(tiny: Path, tmp_path: Path) -> None:
     """In the second epoch of training and of fine-tuning; noise on either side of clipping."""
     pressure = [f"train={PRESSURE % 'before_clipping'}", f"finetune={PRESSURE % 'after_clipping'}"]
@@ -191,6 +193,7 @@ def test_a_run_under_pressure_stopped_and_resumed_is_the_same_run(tiny: Path, tm
         assert_same(lasting(folder), expected, calls)
 
 
+@pytest.mark.longest
 def test_a_run_killed_for_real_loses_nothing(tiny: Path, tmp_path: Path) -> None:
     """SIGKILL in the middle of fine-tuning, then --resume from the command line."""
     common = [sys.executable, "-m", "dnr_plugin", "run", str(tiny), "--device", "cpu", "--output"]
@@ -259,6 +262,7 @@ def test_a_disk_that_is_full_is_refused(tiny: Path, tmp_path: Path, monkeypatch:
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.longest
 def test_a_disk_that_fills_up_ends_the_run_in_one_line_and_loses_nothing(tiny: Path, tmp_path: Path) -> None:
     """A limit on the size of files stands in for the disk; lifted, the run goes on."""
     folder = tmp_path / "run"

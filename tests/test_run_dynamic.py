@@ -120,6 +120,7 @@ def _same_but_for_timings(found: Any, expected: Any, calls: int) -> None:
     assert_same(found, expected, calls)
 
 
+@pytest.mark.longest
 @pytest.mark.parametrize("noise", ["all", "live"])
 def test_a_dynamic_run_stopped_anywhere_and_resumed_is_the_same_run(tiny: Path, tmp_path: Path, noise: str) -> None:
     """While candidates wait, after the first removal, inside an observation, in the last epoch and in fine-tuning."""

@@ -56,6 +56,7 @@ def _listing(shown: list[str]) -> run.Track:
     return track
 
 
+@pytest.mark.longest
 def test_runs_that_share_their_training_end_as_they_would_alone(tiny: Path, tmp_path: Path) -> None:
     shown: list[str] = []
     said: list[str] = []
@@ -74,6 +75,7 @@ def test_runs_that_share_their_training_end_as_they_would_alone(tiny: Path, tmp_
         _assert_alone(folder / name, tiny, tmp_path / name, *SMALL, f"seed={seed}", f"prune.target.flops={flops}")
 
 
+@pytest.mark.longest
 def test_a_sweep_killed_in_training_and_in_its_second_run_goes_on(tiny: Path, tmp_path: Path) -> None:
     folder = tmp_path / "sweep"
     noise = ["model.width=4", "train.pressure.noise={std: 0.001}"]
