@@ -18,6 +18,7 @@ from dnr_plugin.pruning.groups import Layer, prunable_layers
 from dnr_plugin.pruning.removal import prune_neurons
 from dnr_plugin.recipe.schema import Recipe
 from dnr_plugin.reports.figures.drawing import save_figure
+from dnr_plugin.reports.table import Table
 from dnr_plugin.runs.checks import check_ranks, check_recipe
 from dnr_plugin.runs.run_folder import check_folder
 from dnr_plugin.runs.state import Track
@@ -112,8 +113,8 @@ def _lowest(layer: Layer, importance: DyingNeuronImportance, share: float) -> li
     return sorted(layer.neurons(order[: min(max(1, round(share * len(order))), len(order) - 1)]))
 
 
-def table(result: dict[str, Any]) -> list[list[str]]:
-    """Rows of text: a head, then a layer each, with the accuracy in % as it is and repaired for each share."""
+def sensitivity_table(result: dict[str, Any]) -> Table:
+    """A layer in each row, with the accuracy in % as it is and repaired for each share."""
     shares = [point["share"] for point in result["layers"][0]["points"]]
     head = ["layer", "neurons", *(f"{100 * share:.0f} % gone" for share in shares)]
     rows = [
@@ -124,7 +125,8 @@ def table(result: dict[str, Any]) -> list[list[str]]:
         ]
         for row in result["layers"]
     ]
-    return [head, *rows]
+    title = f"accuracy in %, as it is / repaired; dense {100 * result['dense']:.2f}"
+    return Table(title, head, rows)
 
 
 def _write(folder: Path, result: dict[str, Any]) -> None:
@@ -133,11 +135,9 @@ def _write(folder: Path, result: dict[str, Any]) -> None:
     with atomic_write(folder / "sensitivity.json") as file:
         json.dump(result, file, indent=1)
         file.write("\n")
-    head, *rows = table(result)
-    lines = [head, ["---"] * len(head), *rows]
     with atomic_write(folder / "sensitivity.md") as file:
         file.write(f"Test accuracy in %, as it is / repaired; dense {100 * result['dense']:.2f}; {result['score']}\n\n")
-        file.writelines("| " + " | ".join(line) + " |\n" for line in lines)
+        file.writelines(f"{line}\n" for line in sensitivity_table(result).markdown())
     figure = Figure(figsize=(9, 6), layout="constrained")
     axes = figure.subplots()
     for row in result["layers"]:

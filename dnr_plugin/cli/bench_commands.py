@@ -57,25 +57,19 @@ def _overhead(arguments: argparse.Namespace) -> int:
 
 
 def _sensitivity(arguments: argparse.Namespace) -> int:
-    from rich.table import Table
-
-    from dnr_plugin.benchmarks.sensitivity import run_sensitivity, shares_of, table
+    from dnr_plugin.benchmarks.sensitivity import run_sensitivity, sensitivity_table, shares_of
 
     shares = shares_of(arguments.shares)
     with recipe_of(arguments) as recipe:
         result = run_sensitivity(recipe, arguments.output, shares, device=arguments.device, track=track)
-    head, *rows = table(result)
-    shown = Table(*head, title=f"accuracy in %, as it is / repaired; dense {100 * result['dense']:.2f}")
-    for row in rows:
-        shown.add_row(*row)
-    show(shown, f"Written to {arguments.output}: sensitivity.md, sensitivity.json, sensitivity.png")
+    show(sensitivity_table(result), f"Written to {arguments.output}: sensitivity.md, sensitivity.json, sensitivity.png")
     return DONE
 
 
 def _criteria(arguments: argparse.Namespace) -> int:
     from dnr_plugin.benchmarks.criteria.grid import grid_of
     from dnr_plugin.benchmarks.criteria.run import run_criteria
-    from dnr_plugin.benchmarks.criteria.tables import notes, terminal_tables
+    from dnr_plugin.benchmarks.criteria.tables import notes, tables
 
     grid = grid_of(arguments.seeds, arguments.levels, arguments.scopes, arguments.criteria)
     with recipe_of(arguments) as recipe:
@@ -84,5 +78,5 @@ def _criteria(arguments: argparse.Namespace) -> int:
             finetune=arguments.finetune, resume=arguments.resume, device=arguments.device, track=track,
         )  # fmt: skip
     written = f"Written to {arguments.output}: criteria.md, criteria.json, criteria.png, cells.jsonl"
-    show(*terminal_tables(result), *(f"- {note}" for note in notes(result)), written)
+    show(*tables(result), *(f"- {note}" for note in notes(result)), written)
     return DONE

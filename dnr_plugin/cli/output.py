@@ -7,10 +7,12 @@ import sys
 from collections.abc import Iterable
 from typing import Any
 
+from dnr_plugin.reports.table import Table
+
 DONE, FAILED, BAD_INPUT, TARGET_MISSED = 0, 1, 2, 3
 
 
-def show(*parts: Any) -> None:
+def show(*parts: str | Table) -> None:
     """Prints text and tables; a reader of the pipe who has seen enough, such as head, is no error."""
     from rich.console import Console
 
@@ -20,12 +22,12 @@ def show(*parts: Any) -> None:
 
     try:
         # a file or pipe has no width, and the 80 columns that rich would take for it break wide tables
-        console = Pipe(width=None if sys.stdout.isatty() else 250)
+        console = Pipe(width=None if sys.stdout.isatty() else 250, emoji=False)
         for part in parts:
-            if isinstance(part, str):
-                print(part)
+            if isinstance(part, Table):
+                console.print(part.terminal())
             else:
-                console.print(part)
+                print(part)
         sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -33,7 +33,7 @@ def register(commands: Commands) -> None:
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    from dnr_plugin.reports.layer_report import layer_markdown, layer_table, report_model
+    from dnr_plugin.reports.layer_report import layer_table, report_model
     from dnr_plugin.reports.run_report import facts, markdown, summary_table
 
     folder = Path(arguments.folder)
@@ -49,7 +49,7 @@ def _report(arguments: argparse.Namespace) -> int:
     else:
         found, notes = report_model(folder, arguments.input, arguments.allow_import)
         tables = [layer_table(found["layers"], str(folder))]
-        text = "\n".join([*layer_markdown(found["layers"]), "", *(f"- {note}" for note in notes)])
+        text = "\n".join([*layer_table(found["layers"]).markdown(), "", *(f"- {note}" for note in notes)])
     if arguments.format == "json":
         show(json.dumps(found, indent=1))
     elif arguments.format == "markdown":

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dnr_plugin.errors import InputError
 from dnr_plugin.files import atomic_write, check_writable
 from dnr_plugin.reports.comparison import COLUMNS, Comparison, Group, Run, show
 from dnr_plugin.reports.figures.drawing import save_figures
-from dnr_plugin.reports.html import html_images, html_items, html_page, html_table
+from dnr_plugin.reports.html import html_images, html_items, html_page
 from dnr_plugin.reports.layer_report import NOTE
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
-
+from dnr_plugin.reports.table import Table
 
 _FILES = ("compare.json", "compare.md", "compare.html")
 
@@ -49,18 +46,11 @@ def _spread(group: Group, key: str) -> str:
     return f"{column.show(middle, more)} ± {column.show(sd, more)}"
 
 
-def comparison_table(comparison: Comparison) -> RenderableType:
-    """The table for a terminal."""
-    from rich.table import Table
-
+def comparison_table(comparison: Comparison) -> Table:
+    """One row per run, then one per group of several seeds."""
     head, cells = rows(comparison)
-    table = Table(title=title(comparison), title_justify="left")
-    for n, name in enumerate(head):
-        # the values are short, so the heads break wherever they can
-        table.add_column(name.replace(".", ".\n").replace(" ", "\n"), justify="left" if n == 0 else "right")
-    for n, row in enumerate(cells):
-        table.add_row(*row, end_section=n == len(comparison.runs) - 1)
-    return table
+    # the values are short, so the heads break wherever they can
+    return Table(title(comparison), head, cells, parted=len(comparison.runs), narrow=True)
 
 
 def title(comparison: Comparison) -> str:
@@ -81,9 +71,7 @@ def notes(comparison: Comparison) -> list[str]:
 
 def markdown(comparison: Comparison) -> str:
     """The comparison as Markdown."""
-    head, cells = rows(comparison)
-    lines = [f"# {title(comparison)}", "", f"| {' | '.join(head)} |", f"|---|{'---:|' * (len(head) - 1)}"]
-    lines += [f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in cells]
+    lines = [f"# {title(comparison)}", "", *comparison_table(comparison).markdown()]
     return "\n".join([*lines, "", *(f"- {note}" for note in notes(comparison))]) + "\n"
 
 
@@ -154,7 +142,7 @@ def write_comparison(folder: Path, comparison: Comparison) -> None:
         file.write(
             html_page(
                 title(comparison),
-                html_table(*rows(comparison)),
+                comparison_table(comparison).html(),
                 html_items(notes(comparison)),
                 html_images(drawn, COMPARISON_CAPTIONS),
             )

@@ -24,15 +24,6 @@ def html_page(title: str, *parts: str) -> str:
     )
 
 
-def html_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table of plain text."""
-
-    def row(cells: Sequence[str], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
-
-    return f"<table>{row(head, 'th')}{''.join(row(cells, 'td') for cells in rows)}</table>"
-
-
 def html_items(texts: Iterable[str]) -> str:
     """A list of sentences."""
     return f"<ul>{''.join(f'<li>{html.escape(text)}</li>' for text in texts)}</ul>"

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dnr_plugin.models.saved import saved_model
 from dnr_plugin.network.cost import FlopReport, flop_report
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
-
+from dnr_plugin.reports.table import Table
 
 NOTE = "FLOPs as fvcore counts them: one multiply-add is one FLOP; for one sample."
 
@@ -69,20 +66,8 @@ def report_model(folder: Path, shape: str | None, allow_import: bool) -> tuple[d
     return found, notes
 
 
-def layer_markdown(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The rows of `layer_rows` as a Markdown table."""
-    lines = ["| layer | type | channels | parameters | FLOPs |", "|---|---|---:|---:|---:|"]
-    for row in rows:
-        cells = [f"{row[f'{what}_before']:,} → {row[f'{what}_after']:,}" for what in ("channels", "params", "flops")]
-        lines.append(f"| {row['name'] or '(model)'} | {row['type']} | {' | '.join(cells)} |")
-    return lines
-
-
-def layer_table(rows: Sequence[Mapping[str, Any]], title: str = "") -> RenderableType:
-    """The layers for a terminal, with a line of sums."""
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left", show_footer=True)
+def layer_table(rows: Sequence[Mapping[str, Any]], title: str = "") -> Table:
+    """The rows of `layer_rows`, with a line of sums."""
     sums = {
         f"{what}_{when}": sum(row[f"{what}_{when}"] for row in rows)
         for what in ("params", "flops")
@@ -93,14 +78,10 @@ def layer_table(rows: Sequence[Mapping[str, Any]], title: str = "") -> Renderabl
         before, after = values[f"{what}_before"], values[f"{what}_after"]
         return f"{before:,}" if before == after else f"{before:,} → {after:,}"
 
-    for column, footer, justify in (
-        ("layer", "total", "left"),
-        ("type", "", "left"),
-        ("channels", "", "right"),
-        ("parameters", pair(sums, "params"), "right"),
-        ("FLOPs", pair(sums, "flops"), "right"),
-    ):
-        table.add_column(column, footer=footer, justify=justify)  # type: ignore[arg-type]
-    for row in rows:
-        table.add_row(row["name"] or "(model)", row["type"], *(pair(row, w) for w in ("channels", "params", "flops")))
-    return table
+    cells = [
+        [row["name"] or "(model)", row["type"], *(pair(row, what) for what in ("channels", "params", "flops"))]
+        for row in rows
+    ]
+    total = ["total", "", "", pair(sums, "params"), pair(sums, "flops")]
+    head = ["layer", "type", "channels", "parameters", "FLOPs"]
+    return Table(title, head, [*cells, total], words=2, parted=len(cells))

@@ -6,16 +6,14 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dnr_plugin.files import atomic_write
 from dnr_plugin.reports.figures.drawing import save_figures
 from dnr_plugin.reports.figures.run import RUN_CAPTIONS, run_figures
-from dnr_plugin.reports.html import html_images, html_items, html_page, html_table
-from dnr_plugin.reports.layer_report import NOTE, layer_markdown
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
+from dnr_plugin.reports.html import html_images, html_items, html_page
+from dnr_plugin.reports.layer_report import NOTE, layer_table
+from dnr_plugin.reports.table import Table
 
 
 def _percent(share: float | None) -> str:
@@ -132,23 +130,13 @@ def _value(value: Any) -> str:
 
 def markdown(report: Mapping[str, Any]) -> str:
     """The report as Markdown: summary, facts, layers."""
-    lines = [f"# {report['name']}", "", "| | dense | pruned | pruned / dense |", "|---|---:|---:|---:|"]
-    lines += [f"| {' | '.join(row)} |" for row in summary_rows(report)]
-    lines += ["", *(f"- {fact}" for fact in facts(report)), "", "## Layers", ""]
-    lines += layer_markdown(report["layers"])
-    return "\n".join(lines) + "\n"
+    lines = [f"# {report['name']}", "", *summary_table(report).markdown(), "", *(f"- {fact}" for fact in facts(report))]
+    return "\n".join([*lines, "", "## Layers", "", *layer_table(report["layers"]).markdown()]) + "\n"
 
 
-def summary_table(report: Mapping[str, Any]) -> RenderableType:
-    """The summary for a terminal."""
-    from rich.table import Table
-
-    table = Table(title=report["name"], title_justify="left")
-    for column, justify in (("", "left"), ("dense", "right"), ("pruned", "right"), ("pruned / dense", "right")):
-        table.add_column(column, justify=justify)  # type: ignore[arg-type]
-    for row in summary_rows(report):
-        table.add_row(*row)
-    return table
+def summary_table(report: Mapping[str, Any]) -> Table:
+    """Accuracy, parameters, FLOPs and latency, dense against pruned."""
+    return Table(report["name"], ["", "dense", "pruned", "pruned / dense"], summary_rows(report))
 
 
 def write_report(folder: Path, report: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -> None:
@@ -164,18 +152,11 @@ def write_report(folder: Path, report: Mapping[str, Any], events: Sequence[Mappi
 
 
 def _page(report: Mapping[str, Any], drawn: Sequence[Path]) -> str:
-    def pair(values: Mapping[str, Any], what: str) -> str:
-        return f"{values[f'{what}_before']:,} → {values[f'{what}_after']:,}"
-
-    layers = [
-        [row["name"] or "(model)", row["type"], *(pair(row, what) for what in ("channels", "params", "flops"))]
-        for row in report["layers"]
-    ]
     return html_page(
         report["name"],
-        html_table(["", "dense", "pruned", "pruned / dense"], summary_rows(report)),
+        summary_table(report).html(),
         html_items(facts(report)),
         html_images(drawn, RUN_CAPTIONS),
         "<h2>Layers</h2>",
-        html_table(["layer", "type", "channels", "parameters", "FLOPs"], layers),
+        layer_table(report["layers"]).html(),
     )

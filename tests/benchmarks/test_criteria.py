@@ -227,7 +227,7 @@ def test_tables_and_plot_show_the_best(tiny: Path) -> None:
         }
     )
     result = summary(load_recipe(tiny), 64, cells)
-    titled = {title.partition(":")[0]: (head, body) for title, head, body in tables(result)}
+    titled = {table.title.partition(":")[0]: (table.head, table.rows) for table in tables(result)}
     head, body = titled["Best at each level"]
     assert head == ["test accuracy, %", "50 % of FLOPs", "25 % of FLOPs"]
     assert body == [

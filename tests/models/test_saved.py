@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 import torchvision
+from helpers.networks import rounding
+from safetensors.torch import load_file
 from torch import nn
 
 from dnr_plugin.errors import InputError
@@ -179,3 +181,11 @@ def test_a_failed_write_leaves_the_old_file_and_no_rubbish(tmp_path: Path) -> No
         fail()
     assert file.read_text() == "old"
     assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_model_saved_by_0_1_0_loads() -> None:
+    """Pruned, with activations replaced; outputs are those of the machine that saved it, up to rounding."""
+    folder = Path(__file__).parent / "saved_by_0.1.0"
+    model, expected = load_pruned(folder), load_file(folder / "outputs.safetensors")
+    scores = model(expected["images"]).detach()
+    assert float((scores - expected["scores"]).norm()) < rounding(72, 20) * float(expected["scores"].norm())

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Mapping, Sequence
 from statistics import mean, stdev
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dnr_plugin.benchmarks.criteria.contenders import CRITERIA, MENDED, OURS
 from dnr_plugin.devices import versions
 from dnr_plugin.pruning.order import SCOPES
 from dnr_plugin.recipe.schema import Recipe
 from dnr_plugin.reports.layer_report import NOTE
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
-
+from dnr_plugin.reports.table import Table
 
 FIGURES = {
     "removed": "right after removal",
@@ -91,8 +87,8 @@ def pairs_in(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [pair for pair in PAIRS if any(row["accuracy"][name] for row in rows for name in pair)] or [PAIRS[0]]
 
 
-def tables(result: Mapping[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
-    """Title, head and cells of each table: the best of each level first, then every criterion for each scope.
+def tables(result: Mapping[str, Any]) -> list[Table]:
+    """The best of each level first, then every criterion for each scope.
 
     The best of a column is bold as in Markdown; criteria come in the order of their mean over the levels.
     """
@@ -106,11 +102,11 @@ def tables(result: Mapping[str, Any]) -> list[tuple[str, list[str], list[list[st
         tops = [max(of_level, key=lambda row: _mean(row, name)) for of_level in at]
         shown = [f"{top['criterion']}, {top['scope']}: {_shown(top, name, result)}" for top in tops]
         best.append([FIGURES[name], *shown])
-    found = [("Best at each level", ["test accuracy, %", *head], best)]
+    found = [Table("Best at each level", ["test accuracy, %", *head], best)]
     for scope, pair in itertools.product(dict.fromkeys(row["scope"] for row in rows), pairs):
         title = f"Scope {scope}: {FIGURES[pair[0]]} / {FIGURES[pair[1]]}"
         body = _scope_table([row for row in rows if row["scope"] == scope], levels, pair, result)
-        found.append((title, ["criterion", "from", *head], body))
+        found.append(Table(title, ["criterion", "from", *head], body, words=2))
     return found
 
 
@@ -191,22 +187,6 @@ def notes(result: Mapping[str, Any]) -> list[str]:
 def markdown(result: Mapping[str, Any]) -> str:
     """All tables and notes as Markdown."""
     lines = [f"# Criteria compared: {result['name']}", "", *(f"- {note}" for note in notes(result))]
-    for title, head, body in tables(result):
-        lines += ["", f"## {title}", "", f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
-        lines += [f"| {' | '.join(line)} |" for line in body]
+    for table in tables(result):
+        lines += ["", f"## {table.title}", "", *table.markdown()]
     return "\n".join(lines) + "\n"
-
-
-def terminal_tables(result: Mapping[str, Any]) -> list[RenderableType]:
-    """The tables for a terminal."""
-    from rich.table import Table
-
-    found: list[RenderableType] = []
-    for title, head, body in tables(result):
-        table = Table(title=title, title_justify="left")
-        for name in head:
-            table.add_column(name)
-        for line in body:
-            table.add_row(*(re.sub(r"\*\*(.+?)\*\*", r"[bold]\1[/bold]", text) for text in line))
-        found.append(table)
-    return found

@@ -1,0 +1,29 @@
+"""A table says the same on a terminal, in Markdown and in HTML, and nothing in it acts as markup."""
+
+from __future__ import annotations
+
+import io
+
+from rich.console import Console
+
+from dnr_plugin.reports.table import Table
+
+TABLE = Table("runs [/a] :boom:", ["run", "a.b"], [["x|y [red]", "**1**"], ["<i>", "2"]], parted=1)
+
+
+def test_markdown() -> None:
+    assert TABLE.markdown() == ["| run | a.b |", "|---|---:|", "| x/y [red] | **1** |", "| <i> | 2 |"]
+
+
+def test_html() -> None:
+    rows = "<tr><td>x|y [red]</td><td><b>1</b></td></tr><tr><td>&lt;i&gt;</td><td>2</td></tr>"
+    assert TABLE.html() == f"<table><tr><th>run</th><th>a.b</th></tr>{rows}</table>"
+
+
+def test_terminal() -> None:
+    file = io.StringIO()
+    Console(file=file, width=60, emoji=False).print(TABLE.terminal())
+    text = file.getvalue()
+    assert all(part in text for part in ("runs [/a] :boom:", "x|y [red]", "<i>", " 1 "))
+    assert "**" not in text
+    assert "a.\nb" not in text
