@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dnr_plugin.dynamics.candidates import CandidateHistory
 from dnr_plugin.dynamics.check import Check, LayerCheck
 from dnr_plugin.dynamics.live_parameters import live_factors
 from dnr_plugin.dynamics.policy import Policy, Ramp
@@ -20,7 +21,6 @@ from dnr_plugin.errors import TargetError
 from dnr_plugin.network.calling import eval_outputs, one_sample, output_difference
 from dnr_plugin.network.dependencies import inexact_reason, output_layers, uses
 from dnr_plugin.network.kinds import consumer
-from dnr_plugin.observation.history import NeuronHistory
 from dnr_plugin.observation.observer import Observer
 from dnr_plugin.pruning.groups import Layer, Limits, prunable_layers
 from dnr_plugin.pruning.numbering import renumbered
@@ -84,7 +84,7 @@ class DyingNeuronDynamics:
 
     Attributes:
         checks: how many there were.
-        histories: root layer -> `NeuronHistory`.
+        histories: root layer -> `CandidateHistory`.
         skipped: groups that were left alone at the last check, as (root layer, reason).
         finished: whether removal has ended.
         stopped: why it ended early, or None.
@@ -138,7 +138,7 @@ class DyingNeuronDynamics:
         self._read: Mapping[str, Any] | None = None
         self._step, self._next, self._number = 0, when.check_every, 0
         self.checks = 0
-        self.histories: dict[str, NeuronHistory] = {}
+        self.histories: dict[str, CandidateHistory] = {}
         self.skipped: list[tuple[str, str]] = []
         self.finished = kind is None
         self.stopped: str | None = None
@@ -228,9 +228,9 @@ class DyingNeuronDynamics:
         for layer in layers:
             evidence = self.importance.evidence(layer.group)
             if not evidence:
-                self.skipped.append((layer.name, self.importance.skipped[layer.name]))
+                self.skipped.append((layer.name, str(self.importance.why_unscored(layer.group))))
                 continue
-            history = self.histories.setdefault(layer.name, NeuronHistory(layer.size, self.importance.bins))
+            history = self.histories.setdefault(layer.name, CandidateHistory(layer.size, self.importance.bins))
             verdict = judge(evidence, layer.size)
             zero[layer.name] = verdict.zero
             changed[layer.name] = history.update(verdict.dead, histograms(evidence, layer.size))
@@ -366,7 +366,7 @@ class DyingNeuronDynamics:
             self.histories[name].keep(self.histories[name].without(neurons))
         return self._layers()
 
-    def _zeroed(self, history: NeuronHistory, since: int = 0) -> Tensor:
+    def _zeroed(self, history: CandidateHistory, since: int = 0) -> Tensor:
         """Candidates that are zero where they are used, and have been for so many checks."""
         return history.waiting >= since if self._zeroing else torch.zeros_like(history.dead)
 
@@ -410,7 +410,7 @@ class DyingNeuronDynamics:
         self._step, self._next, self._number = state["step"], state["next"], state["number"]
         self.checks, self.finished, self.stopped = state["checks"], state["finished"], state["stopped"]
         self.skipped = [(layer, reason) for layer, reason in state["skipped"]]
-        self.histories = {name: NeuronHistory.from_state_dict(past) for name, past in state["histories"].items()}
+        self.histories = {name: CandidateHistory.from_state_dict(past) for name, past in state["histories"].items()}
         self._read = state["read"]
 
 

@@ -10,8 +10,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from dnr_plugin.dynamics.candidates import CandidateHistory
 from dnr_plugin.dynamics.timetable import Timetable
-from dnr_plugin.observation.history import NeuronHistory
 from dnr_plugin.pruning.groups import Layer
 from dnr_plugin.pruning.targets import TARGETS, Dead, Target
 
@@ -19,6 +19,7 @@ Ramp = Literal["linear", "cubic", "at_once"]
 # From a share of the target's measure that is to be gone, and neurons that go before all others: those that go.
 Chooser = Callable[[float, Mapping[str, Tensor]], Mapping[str, Sequence[int]]]
 Scorer = Callable[[Layer], Tensor]
+Histories = Mapping[str, CandidateHistory]
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,12 @@ class Policy:
             )
 
     def nominate(
-        self, number: int, layers: Sequence[Layer], histories: Mapping[str, NeuronHistory], plan: Chooser, score: Scorer
+        self,
+        number: int,
+        layers: Sequence[Layer],
+        histories: Histories,
+        plan: Chooser,
+        score: Scorer,
     ) -> dict[str, int] | None:
         """Nominates and restores candidates, in their histories.
 
@@ -109,7 +115,12 @@ class Policy:
         return nominated
 
     def expired(
-        self, number: int, before: int, layers: Sequence[Layer], histories: Mapping[str, NeuronHistory], score: Scorer
+        self,
+        number: int,
+        before: int,
+        layers: Sequence[Layer],
+        histories: Histories,
+        score: Scorer,
     ) -> dict[str, list[int]]:
         """The candidates that have waited long enough, in portions that may go.
 
@@ -133,9 +144,7 @@ class Policy:
                 gone[layer.name] = lowest(layer, due, whole[-1], score(layer)).nonzero().flatten().tolist()
         return gone
 
-    def _restore(
-        self, number: int, layers: Sequence[Layer], histories: Mapping[str, NeuronHistory], plan: Chooser
-    ) -> dict[str, Tensor]:
+    def _restore(self, number: int, layers: Sequence[Layer], histories: Histories, plan: Chooser) -> dict[str, Tensor]:
         """Gives back candidates that fire again, which it returns, and those that clearly outrank what has to go."""
         woken = {}
         for layer in layers:
@@ -150,7 +159,7 @@ class Policy:
                 history.waiting[history.candidates & (~low | woken[layer.name])] = -1
         return woken
 
-    def _dying(self, layers: Sequence[Layer], histories: Mapping[str, NeuronHistory]) -> dict[str, Tensor]:
+    def _dying(self, layers: Sequence[Layer], histories: Histories) -> dict[str, Tensor]:
         """Neurons that go as the dead ones do: of low entropy, and falling unless they are candidates already."""
         found = {}
         for layer in layers:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from dnr_plugin.observation.entropy import drift_bits, entropy_bits
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class NeuronHistory:
@@ -26,13 +29,11 @@ class NeuronHistory:
         entropy: bits of its activation histogram at the last check; float64.
         drift: Kullback-Leibler divergence of its histogram against the check before, bits; NaN at the first.
         falling: whether the entropy is lower than at the check before; bool.
-        waiting: checks since it became a candidate for removal; -1 for none. int64.
-        nominated_dead: whether it was dead when it became one; bool.
     """
 
-    _TENSORS = (
+    _TENSORS: tuple[str, ...] = (
         "dead", "dead_checks", "dead_run", "deaths", "reactivations", "first_death", "entropy", "drift", "falling",
-        "waiting", "nominated_dead", "histogram",
+        "histogram",
     )  # fmt: skip
 
     def __init__(self, neurons: int, bins: int) -> None:
@@ -44,14 +45,7 @@ class NeuronHistory:
         self.entropy = torch.zeros(neurons, dtype=torch.float64)
         self.drift = torch.full((neurons,), torch.nan, dtype=torch.float64)
         self.falling = torch.zeros(neurons, dtype=torch.bool)
-        self.waiting = torch.full((neurons,), -1, dtype=torch.int64)
-        self.nominated_dead = torch.zeros(neurons, dtype=torch.bool)
         self.histogram = torch.zeros(neurons, bins, dtype=torch.int64)
-
-    @property
-    def candidates(self) -> Tensor:
-        """Neurons that wait for their removal; bool, shape [n]."""
-        return self.waiting >= 0
 
     @property
     def alive_share(self) -> Tensor:
@@ -97,7 +91,7 @@ class NeuronHistory:
         for name in self._TENSORS:
             setattr(self, name, getattr(self, name)[neurons])
 
-    def kept(self, neurons: Tensor) -> NeuronHistory:
+    def kept(self, neurons: Tensor) -> Self:
         """What `keep` would leave; this history stays as it is."""
         left = copy.copy(self)
         left.keep(neurons)
@@ -108,7 +102,7 @@ class NeuronHistory:
         return {"checks": self.checks, **{name: getattr(self, name).clone() for name in self._TENSORS}}
 
     @classmethod
-    def from_state_dict(cls, state: dict[str, Any]) -> NeuronHistory:
+    def from_state_dict(cls, state: dict[str, Any]) -> Self:
         """The history whose `state_dict` this is."""
         neurons, bins = state["histogram"].shape
         history = cls(neurons, bins)

@@ -108,7 +108,7 @@ def remove_dead_neurons(
     for layer in layers:
         verdict = importance.verdict(layer.group)
         if verdict is None:
-            skipped.append((layer.name, importance.skipped[layer.name]))
+            skipped.append((layer.name, str(importance.why_unscored(layer.group))))
             continue
         found = verdict.dead | verdict.constant
         dead += int(verdict.dead.sum())

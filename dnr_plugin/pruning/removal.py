@@ -57,9 +57,10 @@ def prune_neurons(
             if not graph.check_pruning_group(group):
                 raise RuntimeError(f"{name}: removing {len(neurons)} neurons would leave a layer without channels")
             if importance is not None:
-                evidence = importance.evidence(group)  # also notes which channels of which consumer go
+                importance.follow(group)
                 if fold:
-                    folded += sum(what in ("bias", "BatchNorm") for _, what, _ in fold_means(graph, evidence))
+                    done = fold_means(graph, importance.evidence(group))
+                    folded += sum(what in ("bias", "BatchNorm") for _, what, _ in done)
             group.prune()
     for name in channels_last:
         parameter = model.get_parameter(name)

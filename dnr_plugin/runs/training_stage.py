@@ -65,7 +65,7 @@ def train(run: RunState, stage: str, state: Mapping[str, Any] | None) -> None:
             )  # fmt: skip
             run.save(trainer)
         if dynamics is not None:
-            run.histories = dynamics.histories
+            run.histories = {**dynamics.histories}
             if not dynamics.checks:
                 _sums(run).stopped = "no check saw min_samples images at every layer"
             if run.recipe.prune.mode != "after_training":

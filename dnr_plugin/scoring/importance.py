@@ -184,13 +184,18 @@ class DyingNeuronImportance(tp.importance.Importance):  # type: ignore[misc]
         Raises:
             RuntimeError: nothing was observed, or layers were pruned in a way that could not be followed.
         """
-        found = self.evidence(group)
+        found, root = self.evidence(group), self._root(group)
         if not found:
+            reason = str(self.why_unscored(group))
+            if root not in self.skipped:
+                warnings.warn(f"{root} is left alone: {reason}", stacklevel=2)
+            self.skipped[root] = reason
             return None
+        self.skipped.pop(root, None)
+        self.follow(group)
         n = len(group[0].idxs)
         redundant = self.score == "redundancy"
         score = redundancy(group._DG, found, n) if redundant else score_neurons(self.score, found, n)
-        root = self._root(group)
         if self.prior:
             score *= self._alive(root, group) ** self.prior
         tie_break = score_neurons("magnitude", found, n)
@@ -209,23 +214,36 @@ class DyingNeuronImportance(tp.importance.Importance):  # type: ignore[misc]
         return torch.where(self._kept(root, group, distinct), _KEPT * (1.0 + _STEP * rank), distinct)
 
     def evidence(self, group: tp.dependency.Group) -> list[Evidence]:
-        """The consumers of a group with what was observed there; empty, with an entry in `skipped`, if incomplete."""
-        if self.observer is None:
-            raise RuntimeError(
-                "nothing was observed yet: call the model inside `with importance.observe(model):` before pruning"
-            )
-        followed = self._follow(group._DG)
-        root = self._root(group)
+        """The consumers of a group with what was observed there; empty if incomplete (`why_unscored`).
+
+        Raises:
+            RuntimeError: nothing was observed, or layers were pruned in a way that could not be followed.
+        """
         try:
-            found, pending = self._look_up(group, followed)
-        except LookupError as missing:
-            if root not in self.skipped:
-                warnings.warn(f"{root} is left alone: {missing}", stacklevel=3)
-            self.skipped[root] = str(missing)
+            return self._look_up(group)
+        except LookupError:
             return []
-        self.skipped.pop(root, None)
-        followed.pending[root, group._DG.is_out_channel_pruning_fn(group[0].dep.handler)] = pending
-        return found
+
+    def why_unscored(self, group: tp.dependency.Group) -> str | None:
+        """Why a group gets no score, or None where it gets one."""
+        try:
+            self._look_up(group)
+        except LookupError as missing:
+            return str(missing)
+        return None
+
+    def follow(self, group: tp.dependency.Group) -> None:
+        """Notes which channels of a group's consumers carry its neurons, so that statistics follow when these go.
+
+        Scoring a group does this; to be called before ``group.prune()`` for a group that was not scored on its graph.
+        """
+        graph, root = group._DG, self._root(group)
+        outwards = graph.is_out_channel_pruning_fn(group[0].dep.handler)
+        roots, names = torch.tensor(group[0].idxs), self._carried(graph).consumers
+        self._followed[graph].pending[root, outwards] = [
+            Pending(names[e.use.module], self._ids[names[e.use.module]][e.use.channels], roots[e.use.neurons])
+            for e in self.evidence(group)
+        ]
 
     def repair(self, group: tp.dependency.Group) -> dict[str, str]:
         """Corrects in closed form what remains of a group's consumers; to be called right before ``group.prune()``.
@@ -246,7 +264,7 @@ class DyingNeuronImportance(tp.importance.Importance):  # type: ignore[misc]
         evidence = self.evidence(group)
         if not self.moments:
             raise RuntimeError("repair needs second moments: construct the importance with moments=True")
-        names = self._follow(group._DG).names
+        names = self._carried(group._DG).names
         reasons = {names[e.use.module]: correct(group._DG, e) for e in evidence}
         return {name: reason for name, reason in reasons.items() if reason is not None}
 
@@ -270,15 +288,15 @@ class DyingNeuronImportance(tp.importance.Importance):  # type: ignore[misc]
         found = self.evidence(group)
         return judge(found, len(group[0].idxs)) if found else None
 
-    def _look_up(self, group: tp.dependency.Group, followed: Followed) -> tuple[list[Evidence], list[Pending]]:
-        assert self.observer is not None
-        consumers = uses(group)
-        if not consumers:
-            raise LookupError("no layer that could be observed reads its neurons, as with the outputs of the model")
-        found, pending = [], []
-        roots = torch.tensor(group[0].idxs)
-        for use in consumers:
-            name = followed.consumers.get(use.module)
+    def _look_up(self, group: tp.dependency.Group) -> list[Evidence]:
+        """`evidence`, with a LookupError that says what is missing."""
+        if self.observer is None:
+            raise RuntimeError(
+                "nothing was observed yet: call the model inside `with importance.observe(model):` before pruning"
+            )
+        names, found = self._carried(group._DG).consumers, []
+        for use in uses(group):
+            name = names.get(use.module)
             if name is None or name not in self.observer.modules:
                 raise LookupError("a layer that reads its neurons is not part of the observed model")
             if name not in self.observer.activities:
@@ -288,12 +306,12 @@ class DyingNeuronImportance(tp.importance.Importance):  # type: ignore[misc]
             if activity.channels != channels:
                 raise RuntimeError(
                     f"the statistics of {name} describe {activity.channels} input channels, but it has "
-                    f"{channels} now: it was pruned in a way that could not be followed; observe the "
-                    "model again"
+                    f"{channels} now: it was pruned in a way that could not be followed; observe the model again"
                 )
             found.append(Evidence(use, activity))
-            pending.append(Pending(name, self._ids[name][use.channels], roots[use.neurons]))
-        return found, pending
+        if not found:
+            raise LookupError("no layer that could be observed reads its neurons, as with the outputs of the model")
+        return found
 
     @property
     def histories(self) -> dict[str, NeuronHistory]:
@@ -301,7 +319,8 @@ class DyingNeuronImportance(tp.importance.Importance):  # type: ignore[misc]
         self._carry_over()
         return self._histories
 
-    def _follow(self, graph: tp.DependencyGraph) -> Followed:
+    def _carried(self, graph: tp.DependencyGraph) -> Followed:
+        """A graph's names, with its removals so far carried over."""
         self._carry_over()
         if graph not in self._followed:
             self._followed[graph] = Followed(graph)
@@ -329,7 +348,7 @@ class DyingNeuronImportance(tp.importance.Importance):  # type: ignore[misc]
             followed.seen = len(history)
 
     def _root(self, group: tp.dependency.Group) -> str:
-        return self._follow(group._DG).names[group[0].dep.target.module]
+        return self._carried(group._DG).names[group[0].dep.target.module]
 
     def _alive(self, root: str, group: tp.dependency.Group) -> Tensor:
         """Share of checks at which each neuron of a group was alive; one that was never judged counts as alive."""

@@ -11,7 +11,7 @@ import scipy.stats
 import torch
 from torch import Tensor
 
-from dnr_plugin.observation.history import NeuronHistory
+from dnr_plugin.dynamics.candidates import CandidateHistory
 
 FIELDS = ("dead_checks", "dead_run", "deaths", "reactivations", "first_death")
 
@@ -49,7 +49,7 @@ def by_hand(verdicts: list[bool]) -> dict[str, int]:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_every_count_equals_one_neuron_at_a_time(seed: int) -> None:
-    history, past = NeuronHistory(20, 5), checks(20, 30, seed)
+    history, past = CandidateHistory(20, 5), checks(20, 30, seed)
     for number in range(1, 31):
         dead, histogram = past[number - 1]
         died, reactivated = history.update(dead, histogram)
@@ -65,7 +65,7 @@ def test_every_count_equals_one_neuron_at_a_time(seed: int) -> None:
 
 
 def test_entropy_and_drift_equal_scipy() -> None:
-    history, past = NeuronHistory(20, 5), checks(20, 6, 0)
+    history, past = CandidateHistory(20, 5), checks(20, 6, 0)
     entropies: list[Any] = []
     for number, (dead, histogram) in enumerate(past):
         history.update(dead, histogram)
@@ -88,7 +88,7 @@ def test_entropy_and_drift_equal_scipy() -> None:
 def test_keep_is_as_if_the_others_had_never_been() -> None:
     """In the given order, also for the checks that follow and for what waits."""
     kept, past = torch.tensor([7, 0, 3, 11]), checks(12, 8, 1)
-    history, small = NeuronHistory(12, 5), NeuronHistory(4, 5)
+    history, small = CandidateHistory(12, 5), CandidateHistory(4, 5)
     history.waiting[kept] = torch.tensor([2, -1, 0, 5])
     history.nominated_dead[kept] = torch.tensor([True, False, False, True])
     small.waiting[:], small.nominated_dead[:] = torch.tensor([2, -1, 0, 5]), torch.tensor([True, False, False, True])
@@ -103,7 +103,7 @@ def test_keep_is_as_if_the_others_had_never_been() -> None:
     assert_same(history, small)
 
 
-def assert_same(found: NeuronHistory, expected: NeuronHistory) -> None:
+def assert_same(found: CandidateHistory, expected: CandidateHistory) -> None:
     ours, theirs = found.state_dict(), expected.state_dict()
     assert list(ours) == list(theirs)
     for name, value in theirs.items():
@@ -116,7 +116,7 @@ def assert_same(found: NeuronHistory, expected: NeuronHistory) -> None:
 
 def test_a_file_holds_everything() -> None:
     """Read without running code; what follows is the same as without the file; two readers share nothing."""
-    history, past = NeuronHistory(12, 5), checks(12, 9, 2)
+    history, past = CandidateHistory(12, 5), checks(12, 9, 2)
     for dead, histogram in past[:5]:
         history.update(dead, histogram)
     history.waiting[3], history.nominated_dead[3] = 1, True
@@ -124,20 +124,20 @@ def test_a_file_holds_everything() -> None:
     torch.save(history.state_dict(), buffer)
     buffer.seek(0)
     state = torch.load(buffer, weights_only=True)
-    again, twin = NeuronHistory.from_state_dict(state), NeuronHistory.from_state_dict(state)
+    again, twin = CandidateHistory.from_state_dict(state), CandidateHistory.from_state_dict(state)
     assert_same(again, history)
     for dead, histogram in past[5:]:
         history.update(dead, histogram)
         again.update(dead, histogram)
     assert_same(again, history)
     assert twin.checks == 5
-    assert_same(twin, NeuronHistory.from_state_dict(state))
+    assert_same(twin, CandidateHistory.from_state_dict(state))
     assert not torch.equal(twin.dead_checks, again.dead_checks)
 
 
 def test_a_state_in_memory_is_of_its_moment() -> None:
     """Counts are added up in place: a state taken before must not move with them."""
-    history = NeuronHistory(3, 2)
+    history = CandidateHistory(3, 2)
     state = history.state_dict()
     history.update(torch.ones(3, dtype=torch.bool), torch.ones(3, 2, dtype=torch.int64))
     history.waiting[0] = 4
@@ -146,14 +146,14 @@ def test_a_state_in_memory_is_of_its_moment() -> None:
 
 
 def test_nothing_is_known_at_first() -> None:
-    history = NeuronHistory(2, 3)
+    history = CandidateHistory(2, 3)
     assert not history.candidates.any() and not history.dead.any() and history.drift.isnan().all()
     assert history.first_death.tolist() == [0, 0]
 
 
 def test_the_share_of_checks_alive() -> None:
     """1 for a neuron that was never dead, and ever closer to what was seen."""
-    history = NeuronHistory(3, 5)
+    history = CandidateHistory(3, 5)
     assert history.alive_share.tolist() == [1.0, 1.0, 1.0]
     for number in range(4):
         history.update(torch.tensor([False, number % 2 == 1, True]), torch.ones(3, 5, dtype=torch.int64))
@@ -161,7 +161,7 @@ def test_the_share_of_checks_alive() -> None:
 
 
 def test_kept_leaves_the_whole_as_it_is() -> None:
-    history = NeuronHistory(4, 5)
+    history = CandidateHistory(4, 5)
     history.update(torch.tensor([True, False, True, False]), torch.ones(4, 5, dtype=torch.int64))
     before = history.state_dict()
     left = history.kept(torch.tensor([3, 0]))

@@ -290,16 +290,14 @@ def test_a_target_missed_is_saved_and_told(
     from dnr_plugin.cli.main import main
     from dnr_plugin.scoring.importance import DyingNeuronImportance
 
-    whole = DyingNeuronImportance.evidence
+    whole = DyingNeuronImportance._look_up
 
     def partly(self: Any, group: Any) -> Any:
-        root = self._root(group)
-        if root != "layer4.1.conv1":
-            self.skipped[root] = "not observed"
-            return []
+        if self._root(group) != "layer4.1.conv1":
+            raise LookupError("not observed")
         return whole(self, group)
 
-    monkeypatch.setattr(DyingNeuronImportance, "evidence", partly)
+    monkeypatch.setattr(DyingNeuronImportance, "_look_up", partly)
     code = main(
         ["run", str(tiny), "--output", str(tmp_path / "run"), "--set", "train.epochs=0", "--set", "finetune.epochs=0"]
     )
