@@ -1,41 +1,23 @@
-"""Shared by all tests: one thread, one seed, small recipes, and where CIFAR-10 lies.
-
-``DNR_TEST_THREADS`` and ``DNR_TEST_SEED`` (added to every seed) run the same tests under other conditions
-(`test_processors`).
-"""
+"""Shared by all tests: one thread, one seed (`helpers`), small recipes, and where CIFAR-10 lies."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-THREADS = os.environ.setdefault("DNR_TEST_THREADS", "1")
-os.environ["OMP_NUM_THREADS"] = THREADS  # also of the programs that tests start; several workers share the cores
+import pytest
+import torch
+import yaml
+from helpers.common import ROOT, TINY
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
-import yaml  # noqa: E402
-from helpers.common import ROOT, TINY  # noqa: E402
+import dnr_plugin.pruning.plan as plan_module
+import dnr_plugin.runs.run as run_module
+from dnr_plugin.data import registry
+from dnr_plugin.data.images import Data
+from dnr_plugin.network.cost import latencies
+from dnr_plugin.recipe.sections import DataOptions
 
-import dnr_plugin.pruning.plan as plan_module  # noqa: E402
-import dnr_plugin.runs.run as run_module  # noqa: E402
-from dnr_plugin.data import registry  # noqa: E402
-from dnr_plugin.data.images import Data  # noqa: E402
-from dnr_plugin.network.cost import latencies  # noqa: E402
-from dnr_plugin.recipe.sections import DataOptions  # noqa: E402
-
-torch.set_num_threads(int(THREADS))
-if shift := int(os.environ.get("DNR_TEST_SEED", "0")):
-    drawn = torch.manual_seed
-
-    class Shifted(torch.Generator):
-        def manual_seed(self, seed: int) -> torch.Generator:
-            return super().manual_seed(seed + shift)
-
-    torch.manual_seed = lambda seed: drawn(seed + shift)
-    torch.Generator = Shifted  # type: ignore[misc]
 torch.manual_seed(0)  # for what is drawn while tests are collected
 
 

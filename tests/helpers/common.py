@@ -1,9 +1,12 @@
-"""Where the project lies, and a recipe that runs in seconds."""
+"""Where the project lies, a recipe that runs in seconds, and what tests need of random networks."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -20,3 +23,10 @@ TINY: dict[str, Any] = {
     },
     "finetune": {"epochs": 2, "batch_size": 32, "lr": 0.01},
 }
+
+
+def assume(condition: bool, why: str) -> None:
+    """What a test needs of its random network to say anything: asserted with the usual seed; skips with others."""
+    if not condition and os.environ.get("DNR_TEST_SEED", "0") != "0":
+        pytest.skip(f"not with this seed: {why}")
+    assert condition, why
