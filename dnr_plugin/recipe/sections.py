@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -263,6 +264,16 @@ class DynamicsOptions(Section):
     )
 
 
+@dataclass(frozen=True)
+class OnlyIn:
+    """Of a field: the values of ``prune.mode`` with which it may be set."""
+
+    modes: tuple[str, ...]
+
+
+_AFTER_TRAINING, _REMOVING = OnlyIn(("after_training",)), OnlyIn(("after_training", "dynamic"))
+
+
 class PruneOptions(Section):
     mode: Literal["after_training", "dynamic", "watch"] = Field(
         default="after_training",
@@ -276,49 +287,55 @@ class PruneOptions(Section):
         default=DynamicsOptions(),
         description="when to look at the neurons while training, and what to remove in mode dynamic",
     )
-    score: str | None = Field(
+    score: Annotated[str | None, _REMOVING] = Field(
         default=None,
         description="what ranks the neurons, low ones first, dead ones before all: redundancy (after_training only, "
         "and its default), variation (the default of dynamic), contribution, magnitude, dormancy, firing_rate, "
         "sample_activity, entropy or on_off_entropy",
     )
-    scope: Literal["local", "global", "isomorphic", "cost_aware"] | None = Field(
+    scope: Annotated[Literal["local", "global", "isomorphic", "cost_aware"] | None, _REMOVING] = Field(
         default=None,
         description="rank within each layer (local), over the whole network (global), among layers of like structure, "
         "or over the whole network by score for what the removal saves (cost_aware); by default cost_aware with "
         "redundancy and local with other scores",
     )
-    repair: bool = Field(
+    repair: Annotated[bool, _AFTER_TRAINING] = Field(
         default=True,
         description="after_training only: fit the layers that are left, in closed form, to what the dense network's "
         "gave",
     )
-    repair_samples: int = Field(
+    repair_samples: Annotated[int, _AFTER_TRAINING] = Field(
         default=4096, ge=64, description="training images for it, augmented as in training; fewer where they are large"
     )
-    repair_pairs: bool = Field(
+    repair_pairs: Annotated[bool, _AFTER_TRAINING] = Field(
         default=False,
         description="after_training only: also fit layers by what the next one makes of them; takes three times as "
         "long",
     )
-    prior: float = Field(
+    prior: Annotated[float, _AFTER_TRAINING] = Field(
         default=0.0,
         ge=0.0,
         description="after_training only: scores are multiplied with the share of checks at which a neuron was alive "
         "while the network trained, to this power; 0: its past does not count",
     )
-    steps: int = Field(
+    steps: Annotated[int, _AFTER_TRAINING] = Field(
         default=1, ge=1, le=1000, description="after_training only: observe and remove in this many equal steps"
     )
-    round_to: int | None = Field(default=None, ge=2, description="keep a multiple of this many channels in every layer")
-    max_pruning_ratio: float = Field(default=0.9, gt=0.0, le=1.0, description="largest share taken from one layer")
-    ignored: list[str] = Field(default=[], description="layers left alone, by name or shell pattern (layer4.*)")
-    fold: bool = Field(
+    round_to: Annotated[int | None, _REMOVING] = Field(
+        default=None, ge=2, description="keep a multiple of this many channels in every layer"
+    )
+    max_pruning_ratio: Annotated[float, _REMOVING] = Field(
+        default=0.9, gt=0.0, le=1.0, description="largest share taken from one layer"
+    )
+    ignored: Annotated[list[str], _REMOVING] = Field(
+        default=[], description="layers left alone, by name or shell pattern (layer4.*)"
+    )
+    fold: Annotated[bool, _REMOVING] = Field(
         default=True,
         description="move a removed neuron's mean into the next bias or BatchNorm; where recalibrate follows, it takes "
         "the place of this behind a BatchNorm",
     )
-    recalibrate: int | None = Field(
+    recalibrate: Annotated[int | None, _AFTER_TRAINING] = Field(
         default=None,
         ge=0,
         description="after_training only: training images on which BatchNorm statistics are taken anew; 0: none; by "
@@ -361,27 +378,10 @@ class PruneOptions(Section):
         if (self.target is None) != (self.mode == "watch"):
             expected = "nothing with mode watch" if self.target else f"one with mode {self.mode}"
             raise ValueError(f"target: expected {expected}, found {self.target.kind if self.target else 'nothing'}")
-        unused = {
-            "after_training": [],
-            "dynamic": ["steps", "recalibrate", "repair", "repair_samples", "repair_pairs", "prior"],
-            "watch": [
-                "steps",
-                "recalibrate",
-                "repair",
-                "repair_samples",
-                "repair_pairs",
-                "prior",
-                "fold",
-                "score",
-                "scope",
-                "round_to",
-                "max_pruning_ratio",
-                "ignored",
-            ],
-        }[self.mode]
-        for name in unused:
+        for name, field in type(self).model_fields.items():
             value = getattr(self, name)
-            if value != type(self).model_fields[name].default:
+            modes = next((rule.modes for rule in field.metadata if isinstance(rule, OnlyIn)), (self.mode,))
+            if self.mode not in modes and value != field.default:
                 found = ", ".join(value) if isinstance(value, list) else str(value).lower()
                 raise ValueError(f"{name}: expected nothing with mode {self.mode}, found {found}")
         if self.mode == "dynamic" and self.score == "redundancy":
@@ -394,10 +394,11 @@ class PruneOptions(Section):
         if self.mode != "dynamic" and set(given) - {"check_every"}:
             found = ", ".join(name for name in given if name != "check_every")
             raise ValueError(f"dynamics: expected check_every alone with mode {self.mode}, found {found}")
-        if self.mode == "dynamic" and self.target is not None and self.target.kind == "latency":
+        if self.mode == "dynamic" and self.target is not None and not self.target.target.resumable:
+            kind = self.target.kind
             raise ValueError(
-                "target: expected another than latency with mode dynamic, whose timings could not be resumed, found "
-                "latency"
+                f"target: expected another than {kind} with mode dynamic, whose timings could not be resumed, "
+                f"found {kind}"
             )
         if self.mode == "dynamic" and self.fold is False and self.dynamics.patience and self.dynamics.zero:
             raise ValueError("fold: expected nothing where candidates are zeroed, found false")
