@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import torch
 import yaml
 from helpers.common import ROOT, TINY
+from matplotlib.figure import Figure
 
 import dnr_plugin.pruning.plan as plan_module
 import dnr_plugin.runs.run as run_module
@@ -56,6 +58,17 @@ def timed_briefly() -> Iterator[None]:
         for module in (run_module, plan_module):
             patch.setattr(module, "latencies", partial(latencies, seconds=0.1))
         yield
+
+
+# A PNG of one pixel.
+PIXEL = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAQAAAC1HAwCAAAAC0lEQVR42mNk+A8AAQUBAScY42YAAAAASUVORK5CYII=")
+
+
+@pytest.fixture(autouse=True)
+def not_drawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures take half of the time of a small run: they are drawn where tests look at them, as in `reports`."""
+    if "reports" not in request.path.parts and request.node.get_closest_marker("drawn") is None:
+        monkeypatch.setattr(Figure, "savefig", lambda figure, file, **options: file.write(PIXEL))
 
 
 @pytest.fixture(scope="session")

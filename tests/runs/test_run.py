@@ -19,13 +19,15 @@ from helpers.whole_runs import Killed, assert_same, events_of, lasting, stopping
 
 from dnr_plugin import load_pruned
 from dnr_plugin.errors import InputError
+from dnr_plugin.models import build as models
 from dnr_plugin.network.cost import flop_report
+from dnr_plugin.pruning import groups
 from dnr_plugin.pruning.removal import prune_neurons
 from dnr_plugin.recipe.load import load_recipe
 from dnr_plugin.repair.network import repair_network
 from dnr_plugin.reports.figures.run import RUN_CAPTIONS as CAPTIONS
 from dnr_plugin.reports.run_report import facts
-from dnr_plugin.runs import removal_stage, run_folder
+from dnr_plugin.runs import checks, removal_stage, run_folder
 from dnr_plugin.runs.run import run_recipe
 
 CONTRACT = {
@@ -122,6 +124,25 @@ def test_a_run_stopped_anywhere_and_resumed_is_the_same_run(tiny: Path, tmp_path
             run_recipe(recipe, folder, track=stopping_after(calls))
         run_recipe(recipe, folder, resume=True)
         assert_same(lasting(folder), expected, calls)
+
+
+def test_the_model_is_built_once_and_little_is_traced_before_the_first_epoch(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built, surveyed = [], []
+    build, survey = checks.build_model, groups.Survey.__init__
+    monkeypatch.setattr(checks, "build_model", lambda *args: built.append(args) or build(*args))
+    monkeypatch.setattr(models, "rebuild", lambda *args: built.append(args))
+    monkeypatch.setattr(groups.Survey, "__init__", lambda self, *args: surveyed.append(args) or survey(self, *args))
+    before: list[int] = []
+
+    def track(items: Any, total: int, what: str) -> Any:
+        before.append(len(surveyed))
+        return items
+
+    run_recipe(load_recipe(tiny, ["train.epochs=1", "finetune.epochs=0"]), tmp_path / "run", track=track)
+    assert len(built) == 1
+    assert before[0] == 2  # when the recipe is checked, and when watching begins
 
 
 def test_repair_in_two_steps_knows_neurons_by_their_first_numbers(
