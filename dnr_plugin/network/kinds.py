@@ -20,12 +20,8 @@ from torch import Tensor, nn
 from dnr_plugin.network.layer_kind import Consumer, Kind
 
 
-class Linear(Consumer):
-    """``nn.Linear``; the last dimension holds the channels."""
-
-    @property
-    def channels(self) -> tuple[int, int]:
-        return int(self.module.in_features), int(self.module.out_features)
+class _Weighted(Consumer):
+    """A layer whose ``weight`` has a row for each output, and no other part in what it computes than its bias."""
 
     @property
     def unrepaired(self) -> str | None:
@@ -34,6 +30,14 @@ class Linear(Consumer):
     @property
     def unknowns(self) -> int:
         return int(self.module.weight[0].numel())
+
+
+class Linear(_Weighted):
+    """``nn.Linear``; the last dimension holds the channels."""
+
+    @property
+    def channels(self) -> tuple[int, int]:
+        return int(self.module.in_features), int(self.module.out_features)
 
     def by_channel(self, a: Tensor) -> Tensor:
         return _last_to_second(a)
@@ -58,7 +62,7 @@ class Linear(Consumer):
         return _wide(self.module.weight) @ inputs
 
 
-class Convolution(Consumer):
+class Convolution(_Weighted):
     """``nn.Conv1d``, ``nn.Conv2d`` and ``nn.Conv3d``, grouped or not."""
 
     @property
@@ -68,14 +72,6 @@ class Convolution(Consumer):
     @property
     def blocks(self) -> int:
         return int(self.module.groups)
-
-    @property
-    def unrepaired(self) -> str | None:
-        return None if self.stock else _own_forward(self.module)
-
-    @property
-    def unknowns(self) -> int:
-        return int(self.module.weight[0].numel())
 
     def batched(self, a: Tensor) -> Tensor:
         return a if a.dim() == len(self.module.kernel_size) + 2 else a.unsqueeze(0)
