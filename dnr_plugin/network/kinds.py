@@ -160,7 +160,6 @@ class Depthwise(Convolution):
     """A convolution with one filter a channel: it hands each on, and what it makes of it is used further down."""
 
     consumes = False
-    depthwise = True
     scaling = "linear"
 
     @property

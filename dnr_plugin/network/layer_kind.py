@@ -18,13 +18,11 @@ class Kind:
 
     Attributes:
         consumes: whether it mixes its input channels, so that a neuron's activation is "used" there.
-        depthwise: whether Torch-Pruning prunes it together with its input, though it has weights for each channel.
         scaling: what FLOPs and matrices of parameters grow with: "product" of input and output channels, "square" of
             the output channels, or "linear" in these.
     """
 
     consumes: ClassVar[bool] = False
-    depthwise = False
     scaling: Scaling = "linear"
 
     def __init__(self, module: nn.Module) -> None:

@@ -236,11 +236,6 @@ class Activity:
         return self.total_magnitude / max(self.values, 1)
 
     @property
-    def root_mean_square(self) -> Tensor:
-        """``sqrt(mean a^2)`` over the sampled share, shape [C]."""
-        return (self.total_square / max(self.values, 1)).sqrt()
-
-    @property
     def dormancy(self) -> Tensor:
         """See `dormancy`; shape [C]."""
         return dormancy(self.mean_magnitude)

@@ -42,7 +42,6 @@ def test_every_statistic_equals_numpy(threshold: float, bins: int) -> None:
     np.testing.assert_allclose(activity.mean, flat.mean(1), rtol=1e-12, atol=1e-14)
     np.testing.assert_allclose(activity.variance, flat.var(1), rtol=1e-12)
     np.testing.assert_allclose(activity.mean_magnitude, np.abs(flat).mean(1), rtol=1e-12)
-    np.testing.assert_allclose(activity.root_mean_square, np.sqrt((flat**2).mean(1)), rtol=1e-12)
     np.testing.assert_allclose(activity.dormancy, np.abs(flat).mean(1) / np.abs(flat).mean(), rtol=1e-12)
     np.testing.assert_array_equal(activity.highest, flat.max(1))
     np.testing.assert_array_equal(activity.lowest, flat.min(1))
