@@ -42,10 +42,7 @@ LOAD = """
 import sys, torch
 from dnr_plugin import load_pruned
 torch.set_num_threads(int(sys.argv[4]))  # sums depend on how they are split
-model = load_pruned(sys.argv[1])
-torch.manual_seed(0)
-size = int(sys.argv[3])
-torch.save(model(torch.randn(2, 3, size, size)), sys.argv[2])
+torch.save(load_pruned(sys.argv[1])(torch.load(sys.argv[2])), sys.argv[3])
 """
 
 
@@ -68,13 +65,12 @@ def test_reloaded_in_a_new_process_outputs_are_equal_to_the_bit(
     torch.manual_seed(1)
     model = _pruned(build_model(ModelOptions(**options), 10), size)
     save_pruned(model, tmp_path / "saved")
-    threads = str(torch.get_num_threads())
-    subprocess.run(
-        [sys.executable, "-c", LOAD, tmp_path / "saved", tmp_path / "out.pt", str(size), threads], check=True
-    )
-    torch.manual_seed(0)
+    images = torch.randn(2, 3, size, size)
+    torch.save(images, tmp_path / "in.pt")
+    arguments = [tmp_path / "saved", tmp_path / "in.pt", tmp_path / "out.pt", str(torch.get_num_threads())]
+    subprocess.run([sys.executable, "-c", LOAD, *arguments], check=True)
     with torch.no_grad():
-        expected = model(torch.randn(2, 3, size, size))
+        expected = model(images)
     assert torch.equal(torch.load(tmp_path / "out.pt"), expected)
     assert sorted(path.name for path in (tmp_path / "saved").iterdir()) == ["architecture.json", "model.safetensors"]
 
