@@ -53,7 +53,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def timed_briefly() -> Iterator[None]:
-    """Latency is measured for two seconds at the end of every run; that it is right is for `test_measure` to say."""
+    """Latency is measured for two seconds after every run; that it is right is for `network/test_cost` to say."""
     with pytest.MonkeyPatch.context() as patch:
         for module in (run_module, plan_module):
             patch.setattr(module, "latencies", partial(latencies, seconds=0.1))

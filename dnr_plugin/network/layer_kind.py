@@ -54,7 +54,7 @@ class Kind:
         return 0
 
     def makes(self, parameter: Tensor) -> int | None:
-        """Dimension of one of `makers`' parameters that numbers output channels, or None where none does."""
+        """Dimension of one of `maker`'s parameters that numbers output channels, or None where none does."""
         return 0
 
     @property

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 import torch_pruning as tp
@@ -192,7 +192,7 @@ class DyingNeuronImportance(tp.importance.Importance):  # type: ignore[misc]
             self.skipped[root] = reason
             return None
         self.skipped.pop(root, None)
-        self.follow(group)
+        self._note(group, found)
         n = len(group[0].idxs)
         redundant = self.score == "redundancy"
         score = redundancy(group._DG, found, n) if redundant else score_neurons(self.score, found, n)
@@ -237,12 +237,16 @@ class DyingNeuronImportance(tp.importance.Importance):  # type: ignore[misc]
 
         Scoring a group does this; to be called before ``group.prune()`` for a group that was not scored on its graph.
         """
+        self._note(group, self.evidence(group))
+
+    def _note(self, group: tp.dependency.Group, evidence: Sequence[Evidence]) -> None:
+        """`follow`, where the evidence was looked up already."""
         graph, root = group._DG, self._root(group)
         outwards = graph.is_out_channel_pruning_fn(group[0].dep.handler)
         roots, names = torch.tensor(group[0].idxs), self._carried(graph).consumers
         self._followed[graph].pending[root, outwards] = [
             Pending(names[e.use.module], self._ids[names[e.use.module]][e.use.channels], roots[e.use.neurons])
-            for e in self.evidence(group)
+            for e in evidence
         ]
 
     def repair(self, group: tp.dependency.Group) -> dict[str, str]:
