@@ -13,7 +13,7 @@ from dnr_plugin.network.cost import flop_report
 from dnr_plugin.network.kinds import register_layer
 from dnr_plugin.observation.observer import Observer
 from dnr_plugin.pruning.dead_neurons import remove_dead_neurons
-from dnr_plugin.pruning.groups import Limits
+from dnr_plugin.pruning.layers import Limits
 from dnr_plugin.pruning.optimizer import follow_optimizer
 from dnr_plugin.pruning.plan import plan_removal
 from dnr_plugin.pruning.removal import prune_neurons

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 import torch_pruning as tp
 from torch import Tensor
 
-from dnr_plugin.devices import device_name, pick_device, placed, versions
+from dnr_plugin.devices import device_name, fast_layout, pick_device, placed, versions
 from dnr_plugin.models.build import build_model
 from dnr_plugin.observation.observer import Observer
 from dnr_plugin.pruning.plan import plan_removal
@@ -137,7 +137,7 @@ def costs(*, width: int = 64, images: int = 256, side: int = 32, device: str = "
     torch.manual_seed(seed)
     stem: Any = "imagenet" if side > 64 else "cifar"
     model = placed(build_model(ModelOptions(name="resnet18", width=width, stem=stem), 10), place).eval()
-    model.to(memory_format=torch.channels_last)  # faster on CPU and GPU alike
+    model.to(memory_format=fast_layout(place))
     batches = [torch.randn(min(32, images - k), 3, side, side, device=place) for k in range(0, images, 32)]
     example = batches[0][:1]
     graph = tp.DependencyGraph().build_dependency(copy.deepcopy(model), example)

@@ -14,7 +14,8 @@ from dnr_plugin.benchmarks.testbed import Ground, dense_folder, seeded
 from dnr_plugin.devices import device_name, versions
 from dnr_plugin.errors import InputError
 from dnr_plugin.files import atomic_write, check_writable
-from dnr_plugin.pruning.groups import Layer, prunable_layers
+from dnr_plugin.pruning.groups import prunable_layers
+from dnr_plugin.pruning.layers import Layer
 from dnr_plugin.pruning.removal import prune_neurons
 from dnr_plugin.recipe.schema import Recipe
 from dnr_plugin.reports.figures.drawing import save_figure
@@ -109,7 +110,7 @@ def _lowest(layer: Layer, importance: DyingNeuronImportance, share: float) -> li
     """The neurons that score lowest, in whole channel groups, at least one and not all."""
     scores = importance(layer.group)
     assert scores is not None
-    order = scores.view(layer.blocks, -1).mean(0).argsort().tolist()
+    order = layer.by_unit(scores).argsort().tolist()
     return sorted(layer.neurons(order[: min(max(1, round(share * len(order))), len(order) - 1)]))
 
 

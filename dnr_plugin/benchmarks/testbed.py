@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from dnr_plugin.benchmarks.criteria.contenders import Calibration
 from dnr_plugin.data.images import ImageSource
+from dnr_plugin.devices import fast_layout
 from dnr_plugin.network.batchnorm import recalibrate_batchnorm
-from dnr_plugin.pruning.groups import Limits
+from dnr_plugin.pruning.layers import Limits
 from dnr_plugin.pruning.targets import Baseline
 from dnr_plugin.recipe.schema import Recipe
 from dnr_plugin.repair.network import repair_towards
@@ -74,7 +75,7 @@ class Ground:
         augment = recipe.data.augment  # statistics like those of training
         recalibration = list(run.calibration(recalibration_images(recipe), "recalibration images", augment))
         repairing = run.calibration(recipe.prune.repair_samples, "images to repair on", augment)
-        model = run.model.eval().to(memory_format=torch.channels_last)  # faster on CPU and GPU alike
+        model = run.model.eval().to(memory_format=fast_layout(run.example.device))
         reference = Reference(model, run.example, repairing, seed=recipe.seed)
         return cls(
             recipe, model, run.example, run.limits, run.dense, calibration, recalibration, reference,

@@ -22,7 +22,8 @@ from dnr_plugin.network.calling import eval_outputs, one_sample, output_differen
 from dnr_plugin.network.dependencies import inexact_reason, output_layers, uses
 from dnr_plugin.network.kinds import consumer
 from dnr_plugin.observation.observer import Observer
-from dnr_plugin.pruning.groups import Layer, Limits, prunable_layers
+from dnr_plugin.pruning.groups import prunable_layers
+from dnr_plugin.pruning.layers import Layer, Limits
 from dnr_plugin.pruning.numbering import renumbered
 from dnr_plugin.pruning.order import SCOPES
 from dnr_plugin.pruning.plan import plan_removal

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dnr_plugin.network.kinds import kind_of
-from dnr_plugin.pruning.groups import Layer
+from dnr_plugin.pruning.layers import Layer
 
 
 def live_factors(dead: Mapping[str, Tensor], layers: Mapping[str, Layer]) -> dict[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dnr_plugin.dynamics.candidates import CandidateHistory
 from dnr_plugin.dynamics.timetable import Timetable
-from dnr_plugin.pruning.groups import Layer
+from dnr_plugin.pruning.layers import Layer
 from dnr_plugin.pruning.targets import TARGETS, Dead, Target
 
 Ramp = Literal["linear", "cubic", "at_once"]
@@ -107,7 +107,7 @@ class Policy:
             history.waiting[waiting & called] += 1
             fresh = called & ~waiting
             if number < self.when.last:
-                most = max(1, int(self.max_share * layer.size // layer.blocks))
+                most = max(1, int(self.max_share * layer.units))
                 fresh = lowest(layer, fresh & ~woken[layer.name], most, score(layer))
             history.waiting[fresh] = 0
             history.nominated_dead[fresh] = history.dead[fresh]
@@ -139,9 +139,15 @@ class Policy:
         for layer in layers:
             history = histories[layer.name]
             due = history.candidates if hurried else history.waiting >= self.patience
-            whole = [n for n in itertools.accumulate(layer.portions) if n <= int(due.sum()) // layer.blocks]
-            if whole:
-                gone[layer.name] = lowest(layer, due, whole[-1], score(layer)).nonzero().flatten().tolist()
+            going = torch.zeros_like(due)
+            for part in layer.parts:
+                inside = torch.isin(layer.unit, torch.tensor(part.units))
+                units = int(layer.all_of(due | ~inside)[part.units].sum())
+                whole = [n for n in itertools.accumulate(part.portions) if n <= units]
+                if whole:
+                    going |= lowest(layer, due & inside, whole[-1], score(layer))
+            if going.any():
+                gone[layer.name] = going.nonzero().flatten().tolist()
         return gone
 
     def _restore(self, number: int, layers: Sequence[Layer], histories: Histories, plan: Chooser) -> dict[str, Tensor]:
@@ -176,9 +182,9 @@ class Policy:
 
 
 def lowest(layer: Layer, marked: Tensor, most: int, scores: Tensor) -> Tensor:
-    """Of marked neurons, in whole offsets, the ``most`` lowest in score; bool, shape [size]."""
-    offsets = marked.view(layer.blocks, -1).any(0).nonzero().flatten()
-    order = scores.view(layer.blocks, -1).mean(0)[offsets].argsort(stable=True)
+    """Of marked neurons, in whole units, the ``most`` lowest in score; bool, shape [size]."""
+    units = layer.any_of(marked).nonzero().flatten()
+    order = layer.by_unit(scores)[units].argsort(stable=True)
     taken = torch.zeros_like(marked)
-    taken[layer.neurons(offsets[order[:most]].tolist())] = True
+    taken[layer.neurons(units[order[:most]].tolist())] = True
     return taken

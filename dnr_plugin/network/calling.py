@@ -3,22 +3,76 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
+
+from dnr_plugin.errors import InputError
 
 
 @contextlib.contextmanager
 def kept_modes(model: nn.Module) -> Iterator[None]:
-    """Restores each module's train or eval mode afterwards."""
+    """Restores each module's train or eval mode afterwards, and drops tensors that the model kept on itself meanwhile.
+
+    Features, attention maps or caches that a forward pass leaves in attributes would hold a graph that `copy.deepcopy`
+    refuses. Parameters, buffers and hooks are not looked at.
+    """
     modes = {module: module.training for module in model.modules()}
+    kept = {module: _attributes(module) for module in modes if not isinstance(module, LazyModuleMixin)}
+    contents = [(v, v.copy()) for values in kept.values() for v in values.values() if type(v) in (dict, list)]
     try:
         yield
     finally:
         for module, training in modes.items():
             module.training = training
+        for module, values in kept.items():
+            for name, value in _attributes(module).items():
+                if value is values.get(name, module) or next(tensors(value), None) is None:
+                    continue
+                if name in values:
+                    module.__dict__[name] = values[name]
+                else:
+                    del module.__dict__[name]
+        for value, before in contents:
+            if len(value) != len(before) and next(tensors(value), None) is not None:
+                value.clear()
+                value.extend(before) if isinstance(value, list) else value.update(before)
+
+
+_OF_EVERY_MODULE = set(vars(nn.Module()))
+
+
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    return {name: value for name, value in vars(module).items() if name not in _OF_EVERY_MODULE}
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A deep copy, also of a model that keeps tensors of an autograd graph on itself, which are detached in it."""
+    memo = {id(t): t.detach().clone() for m in model.modules() for t in tensors(vars(m)) if not t.is_leaf}
+    return copy.deepcopy(model, memo)
+
+
+@contextlib.contextmanager
+def without_hooks(model: nn.Module) -> Iterator[None]:
+    """Keeps forward hooks of a model silent: of observers, and of whoever else is not meant to see what runs inside.
+
+    Hooks of torch's own, by which `torch.nn.utils` computes weights, go on.
+    """
+    hooks = [m.__dict__[name] for m in model.modules() for name in ("_forward_hooks", "_forward_pre_hooks")]
+    before = [registered.copy() for registered in hooks]
+    for registered in hooks:
+        for key in [key for key, hook in registered.items() if not type(hook).__module__.startswith("torch.nn.utils")]:
+            del registered[key]
+    try:
+        yield
+    finally:
+        for registered, saved in zip(hooks, before, strict=True):
+            registered.clear()
+            registered.update(saved)
 
 
 def eval_outputs(model: nn.Module, inputs: Any) -> list[Tensor]:
@@ -44,9 +98,74 @@ def one_sample(inputs: Any) -> Any:
     return type(inputs)(one_sample(value) for value in inputs) if isinstance(inputs, list | tuple) else inputs
 
 
-def batch_inputs(batch: Any) -> Any:
-    """The model's inputs of a batch: the batch itself, or the first element of an (input, target) pair."""
-    return batch[0] if isinstance(batch, Sequence) and not isinstance(batch, str) else batch
+def batch_inputs(batch: Any, example: Any = None) -> Any:
+    """The model's inputs of a batch, whatever else a loader adds to it.
+
+    Args:
+        batch: inputs, or a sequence that begins with them, or a dict that holds them.
+        example: the model's example inputs, which tell how many there are, or their names; one by default.
+
+    Returns:
+        For one input: the batch itself or its first element. For a sequence of inputs: the first element if it is a
+        sequence itself, else as many elements as there are inputs. For a dict: the entries of these names.
+
+    Raises:
+        InputError: the batch holds fewer inputs, or others.
+    """
+    if isinstance(example, dict):
+        batch = batch[0] if isinstance(batch, Sequence) and batch and isinstance(batch[0], dict) else batch
+        if not isinstance(batch, dict) or not set(example) <= set(batch):
+            raise InputError(
+                f"batch: expected a dict with {', '.join(example)}, as example_inputs, found {_form(batch)}"
+            )
+        return {key: batch[key] for key in example}
+    if isinstance(batch, dict):
+        if example is not None:
+            raise InputError(f"batch: expected inputs like example_inputs, {_form(example)}, found {_form(batch)}")
+        return batch
+    if not isinstance(batch, Sequence) or isinstance(batch, str):
+        if isinstance(example, list | tuple) and len(example) > 1:
+            raise InputError(f"batch: expected {len(example)} inputs, as example_inputs, found {_form(batch)}")
+        return batch
+    if not isinstance(example, list | tuple):
+        return batch[0]
+    inputs = batch[0] if isinstance(batch[0], list | tuple) else batch
+    if len(inputs) < len(example):
+        raise InputError(f"batch: expected {len(example)} inputs, as example_inputs, found {_form(batch)}")
+    return tuple(inputs[: len(example)])
+
+
+def samples_in(inputs: Any) -> int:
+    """How many samples a batch of inputs holds: the first dimension of its first tensor."""
+    return len(next(tensors(inputs)))
+
+
+def part_of(inputs: Any, samples: slice) -> Any:
+    """Some of the samples of a tensor, or of each tensor in a sequence or dict."""
+    if isinstance(inputs, Tensor):
+        return inputs[samples]
+    if isinstance(inputs, dict):
+        return {key: part_of(value, samples) for key, value in inputs.items()}
+    return type(inputs)(part_of(value, samples) for value in inputs) if isinstance(inputs, list | tuple) else inputs
+
+
+def concatenated(batches: Sequence[Any]) -> Any:
+    """Batches of the same form as one."""
+    first = batches[0]
+    if isinstance(first, Tensor):
+        return torch.cat([*batches])
+    if isinstance(first, dict):
+        return {key: concatenated([batch[key] for batch in batches]) for key in first}
+    if isinstance(first, list | tuple):
+        return type(first)(concatenated(values) for values in zip(*batches, strict=True))
+    return first
+
+
+def _form(value: Any) -> str:
+    """What a batch is, in words."""
+    if isinstance(value, dict):
+        return f"a dict with {', '.join(map(str, value))}"
+    return f"{len(value)} elements" if isinstance(value, list | tuple) else type(value).__name__
 
 
 def tensors(value: Any) -> Iterator[Tensor]:

@@ -253,6 +253,52 @@ class Attention(Consumer):
         return "attention has no place for it"
 
 
+class Recurrent(Consumer):
+    """``nn.RNN``, ``nn.LSTM`` and ``nn.GRU``: their first layer reads neurons; their own hidden units stay."""
+
+    @property
+    def channels(self) -> tuple[int, int]:
+        width = int(getattr(self.module, "proj_size", 0) or self.module.hidden_size)
+        return int(self.module.input_size), width * (2 if self.module.bidirectional else 1)
+
+    @property
+    def weights(self) -> list[Tensor]:
+        """What the input is multiplied with, for each direction, shape [gates * hidden, in]."""
+        names = ["weight_ih_l0", *(["weight_ih_l0_reverse"] if self.module.bidirectional else [])]
+        return [getattr(self.module, name) for name in names]
+
+    def by_channel(self, a: Tensor) -> Tensor:
+        return _last_to_second(a if self.module.batch_first or a.dim() != 3 else a.transpose(0, 1))
+
+    def matrices(self, each: int) -> list[Tensor]:
+        return [_wide(torch.cat(self.weights))]
+
+    def assign(self, each: int, matrices: Sequence[Tensor]) -> None:
+        for weight, values in zip(self.weights, matrices[0].chunk(len(self.weights)), strict=True):
+            weight.copy_(values)
+
+    def norms(self) -> Tensor:
+        return _norm(torch.cat(self.weights).detach(), 0)
+
+    @property
+    def no_constant(self) -> str | None:
+        return "a recurrent layer has no place for it"
+
+    def stand_in(self, input: Tensor, *states: object) -> tuple[Tensor, object]:
+        """What has the shapes and the inputs of the layer's outputs, and no loop over time."""
+        module, width = self.module, self.channels[1]
+        if not isinstance(input, Tensor):
+            raise TypeError("packed sequences cannot be traced")
+        outputs = input.sum(-1, keepdim=True) * input.new_ones(width)
+        directions = 2 if module.bidirectional else 1
+        last = outputs.mean(1 if module.batch_first and input.dim() == 3 else 0)[..., : width // directions]
+        state = last.expand(module.num_layers * directions, *last.shape)
+        if not isinstance(module, nn.LSTM):
+            return outputs, state
+        cells = state.sum(-1, keepdim=True).expand(*state.shape[:-1], module.hidden_size)
+        return outputs, (state, cells)
+
+
 class Norm(Kind):
     """BatchNorm and InstanceNorm."""
 
@@ -267,8 +313,12 @@ class GroupNorm(Kind):
         return int(self.module.num_channels), int(self.module.num_channels)
 
     @property
+    def separate(self) -> bool:
+        return int(self.module.num_groups) == int(self.module.num_channels)
+
+    @property
     def blocks(self) -> int:
-        return int(self.module.num_groups)
+        return 1 if self.separate else int(self.module.num_groups)
 
 
 class LayerNorm(Kind):
@@ -283,6 +333,7 @@ _KINDS: dict[type[nn.Module], type[Kind]] = {
     nn.modules.conv._ConvNd: Convolution,
     nn.Linear: Linear,
     nn.MultiheadAttention: Attention,
+    nn.RNNBase: Recurrent,
     nn.modules.batchnorm._NormBase: Norm,
     nn.GroupNorm: GroupNorm,
     nn.LayerNorm: LayerNorm,

@@ -39,6 +39,11 @@ class Kind:
         return 1
 
     @property
+    def separate(self) -> bool:
+        """Whether a norm treats each channel by itself."""
+        return False
+
+    @property
     def stock(self) -> bool:
         """Whether it runs by a ``forward`` of torch's own."""
         return bool(type(self.module).forward.__module__.startswith("torch."))

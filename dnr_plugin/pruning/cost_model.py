@@ -6,11 +6,12 @@ of its input and output channels, those of other layers grow with their channels
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 import torch_pruning as tp
-from torch import nn
+from torch import Tensor, nn
 from torch_pruning import ops
 
 from dnr_plugin.network.cost import FlopReport
@@ -73,22 +74,27 @@ class CostModel:
             self.params += new_params - params
 
 
-def effect_per_neuron(group: tp.dependency.Group, names: Mapping[nn.Module, str]) -> dict[tuple[str, str], float]:
-    """Channels that each layer of a group loses for one neuron, on average over the group.
+def effect_per_unit(
+    group: tp.dependency.Group, names: Mapping[nn.Module, str], unit: Tensor, members: Sequence[int]
+) -> dict[tuple[str, str], float]:
+    """Channels that each layer of a group loses for one of some units, on average.
 
     Args:
         group: with all indices.
         names: of the model's modules.
+        unit: number of the unit of each neuron, shape [n].
+        members: the units, by number.
     """
-    neurons = len(group[0].idxs)
+    inside = torch.isin(unit, torch.tensor([*members]))
     effect: dict[tuple[str, str], float] = {}
-    for dep, idxs in group:
-        module, kind = dep.target.module, dep.target.type
+    for item in group.items:
+        dep, module, kind = item.dep, item.dep.target.module, item.dep.target.type
+        channels = int(inside[torch.tensor(item.root_idxs)].sum())
         if kind == ops.OPTYPE.PARAMETER:
             name = group._DG._param_to_name[module]
-            effect[f"parameter {name}", "out"] = len(idxs) / neurons / module.shape[dep.target.pruning_dim]
-        elif module in names and kind_of(module).channels[1]:
+            effect[f"parameter {name}", "out"] = channels / len(members) / module.shape[dep.target.pruning_dim]
+        elif channels and module in names and kind_of(module).channels[1]:
             inwards = kind_of(module).scaling == "product" and group._DG.is_in_channel_pruning_fn(dep.handler)
             key = (names[module], "in" if inwards else "out")
-            effect[key] = effect.get(key, 0.0) + len(idxs) / neurons
+            effect[key] = effect.get(key, 0.0) + channels / len(members)
     return effect

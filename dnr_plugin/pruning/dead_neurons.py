@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
@@ -12,12 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from dnr_plugin.errors import InputError
-from dnr_plugin.network.calling import batch_inputs, call, eval_outputs, kept_modes, output_difference
+from dnr_plugin.network.calling import batch_inputs, call, copied, eval_outputs, kept_modes, output_difference
 from dnr_plugin.network.cost import count_params
 from dnr_plugin.network.dependencies import inexact_reason
 from dnr_plugin.pruning.folding import can_fold
-from dnr_plugin.pruning.groups import Limits, prunable_layers
+from dnr_plugin.pruning.groups import prunable_layers
+from dnr_plugin.pruning.layers import Limits
 from dnr_plugin.pruning.removal import prune_neurons
+from dnr_plugin.scoring.evidence import read
 from dnr_plugin.scoring.importance import DyingNeuronImportance
 
 # Largest relative difference of the outputs that float32 rounding explains, with room for deep networks.
@@ -38,6 +39,7 @@ class DeadNeuronReport:
         samples: calibration samples seen.
         left: dead or constant neurons that stayed, as (root layer, how many, reason).
         params_before, params_after: of the model.
+        skipped: layers whose neurons were not judged, as (root layer, reason).
     """
 
     removed: dict[str, list[int]]
@@ -52,6 +54,7 @@ class DeadNeuronReport:
     left: list[tuple[str, int, str]]
     params_before: int
     params_after: int
+    skipped: list[tuple[str, str]] = field(default_factory=list)
 
 
 def remove_dead_neurons(
@@ -62,6 +65,7 @@ def remove_dead_neurons(
     min_samples: int = 1536,
     ignored: Sequence[str] = (),
     optimizer: torch.optim.Optimizer | None = None,
+    verify: bool = True,
 ) -> DeadNeuronReport:
     """Removes neurons whose removal does not change the model's outputs, up to float rounding.
 
@@ -78,6 +82,7 @@ def remove_dead_neurons(
             unseen by 1,024 images with probability 36 %, by 4,096 with 1.7 %.
         ignored: layers left exactly as they are, by name or shell pattern.
         optimizer: taken along (`follow_optimizer`).
+        verify: check Torch-Pruning's groups before they are used (`Limits`).
 
     Raises:
         InputError: fewer than ``min_samples`` samples; the model cannot be traced; an ignored name that fits nothing.
@@ -88,18 +93,18 @@ def remove_dead_neurons(
     first = next(batches, None)
     if first is None:
         raise InputError("calibration: expected at least one batch, found none")
-    probe = batch_inputs(first)
+    probe = batch_inputs(first, example_inputs)
     before = eval_outputs(model, probe)
     with kept_modes(model), torch.no_grad():
         model.eval()
         with importance.observe(model) as observer:
             for batch in chain([first], batches):
-                call(model, batch_inputs(batch))
+                call(model, batch_inputs(batch, example_inputs))
     samples = observer.samples
     if samples < min_samples:
         raise InputError(f"calibration: expected at least {min_samples} samples to judge death on, found {samples}")
     params_before = count_params(model)
-    prunable = prunable_layers(model, example_inputs, Limits(ignored), {})
+    prunable = prunable_layers(model, example_inputs, Limits(ignored, verify=verify), {})
     layers, skipped, neurons = prunable.layers, prunable.skipped, prunable.neurons
     removals: dict[str, list[int]] = {}
     zero: dict[str, int] = {}
@@ -110,6 +115,9 @@ def remove_dead_neurons(
         if verdict is None:
             skipped.append((layer.name, str(importance.why_unscored(layer.group))))
             continue
+        unread = int((~read(importance.evidence(layer.group), layer.size)).sum())
+        if unread:
+            skipped.append((layer.name, f"{unread} of its neurons are read by no layer that could be observed"))
         found = verdict.dead | verdict.constant
         dead += int(verdict.dead.sum())
         if not found.any():
@@ -127,10 +135,13 @@ def remove_dead_neurons(
             if stays.any():
                 left.append((layer.name, int(stays.sum()), why))
         taken = layer.whole(exact)
-        if taken.all():  # a layer that is dead altogether keeps one channel in each block
-            taken[layer.neurons([0])] = False
+        for part in layer.parts:  # what is dead altogether keeps one unit
+            if taken[layer.neurons(part.units)].all():
+                taken[layer.neurons(part.units[:1])] = False
         if int((exact & ~taken).sum()):
-            blocked = "the layer keeps one" if layer.blocks == 1 else "their channel groups are not dead as a whole"
+            blocked = (
+                "the layer keeps one" if layer.units == layer.size else "their channel groups are not dead as a whole"
+            )
             left.append((layer.name, int((exact & ~taken).sum()), blocked))
         if taken.any():
             removals[layer.name] = taken.nonzero().flatten().tolist()
@@ -143,7 +154,7 @@ def remove_dead_neurons(
     removed, exactly_zero = sum(map(len, removals.values())), sum(zero.values())
     return DeadNeuronReport(
         removals, removed, neurons, exactly_zero, removed - exactly_zero, dead, absolute, relative, samples, left,
-        params_before, count_params(model),
+        params_before, count_params(model), skipped,
     )  # fmt: skip
 
 
@@ -161,7 +172,7 @@ def _changing(
     """
 
     def changes(chosen: Mapping[str, Sequence[int]]) -> bool:
-        trial = copy.deepcopy(model)
+        trial = copied(model)
         with importance.unchanged():
             prune_neurons(trial, example_inputs, chosen, importance=importance, fold=True)
         return output_difference(before, eval_outputs(trial, probe))[1] > EXACT_TOLERANCE

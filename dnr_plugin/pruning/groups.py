@@ -1,66 +1,21 @@
-"""Which dependency groups of a model may shrink, and in which portions."""
+"""Which dependency groups of a model may shrink, and why others may not."""
 
 from __future__ import annotations
 
 import fnmatch
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
 from dnr_plugin.errors import InputError, did_you_mean
 from dnr_plugin.network.calling import one_sample
-from dnr_plugin.network.dependencies import build_graph, channel_groups, output_layers
-from dnr_plugin.network.kinds import kind_of
-from dnr_plugin.pruning.cost_model import effect_per_neuron
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What may be taken, and in which portions.
-
-    Attributes:
-        ignored: layers left exactly as they are, neither outputs nor inputs removed; names or shell patterns. A name
-            covers everything inside it.
-        round_to: keep a multiple of this many channels.
-        max_pruning_ratio: largest share in (0, 1] taken from one group, of its size in the dense model.
-        min_channels: neurons that every group keeps, in every channel group, >= 1.
-    """
-
-    ignored: Sequence[str] = ()
-    round_to: int | None = None
-    max_pruning_ratio: float = 1.0
-    min_channels: int = 1
-
-
-@dataclass
-class Layer:
-    """A dependency group, and the portions in which it may shrink."""
-
-    name: str
-    group: tp.dependency.Group
-    size: int  # neurons now
-    blocks: int
-    first: int  # neurons in the dense model
-    portions: list[int]  # offsets taken by each removal step, in order
-    effect: dict[tuple[str, str], float]
-
-    def neurons(self, offsets: Sequence[int]) -> list[int]:
-        """The neurons at these offsets of every block."""
-        width = self.size // self.blocks
-        return [block * width + offset for block in range(self.blocks) for offset in offsets]
-
-    def whole(self, marked: Tensor) -> Tensor:
-        """Of marked neurons, shape [size], those whose offset is marked in every block: only these can go."""
-        return marked.view(self.blocks, -1).all(0).repeat(self.blocks)
-
-    def touched(self, marked: Tensor) -> Tensor:
-        """Neurons whose offset is marked in any block, shape [size]."""
-        return marked.view(self.blocks, -1).any(0).repeat(self.blocks)
+from dnr_plugin.network.dependencies import all_groups, build_graph, channel_groups, output_layers
+from dnr_plugin.network.kinds import Attention, Recurrent, kind_of
+from dnr_plugin.pruning.layers import Layer, Limits, divides, layer_of
+from dnr_plugin.pruning.verification import verified
 
 
 @dataclass(frozen=True)
@@ -85,15 +40,20 @@ class Survey:
         model: traced here, once.
         example_inputs: as Torch-Pruning takes them.
 
+    Attributes:
+        unplaced: layers whose neurons are in no group, as (layer, reason).
+
     Raises:
         InputError: the model cannot be traced.
     """
 
     def __init__(self, model: nn.Module, example_inputs: Any) -> None:
-        self.model, self._names = model, {module: name for name, module in model.named_modules()}
-        graph = build_graph(model, one_sample(example_inputs))
-        self._outputs = output_layers(model, one_sample(example_inputs))
-        self._groups = [*graph.get_all_groups()]
+        self.model, self.names = model, {module: name for name, module in model.named_modules()}
+        self.example = one_sample(example_inputs)
+        self.graph = build_graph(model, self.example)
+        self._outputs = output_layers(model, self.example)
+        self.groups, failed = all_groups(self.graph)
+        self.unplaced = [(self.names[root], reason) for root, reason in failed] + self._without_group(failed)
 
     def within(self, limits: Limits, sizes: Mapping[str, int]) -> Prunable:
         """What may be taken within limits.
@@ -107,32 +67,76 @@ class Survey:
         """
         ignored = _ignored(self.model, limits.ignored)
         layers: list[Layer] = []
-        skipped: list[tuple[str, str]] = []
+        skipped = [*self.unplaced]
         neurons = 0
-        for group in self._groups:
-            name, size = self._names[group[0].dep.target.module], len(group[0].idxs)
+        for group in self.groups:
+            name, size = self.names[group[0].dep.target.module], len(group[0].idxs)
             if self._returned(group):
                 skipped.append((name, "its outputs are the model's outputs"))
                 continue
             neurons += size
-            members = (dep.target.module for dep, _ in group)
-            touched = next((self._names[m] for m in members if isinstance(m, nn.Module) and m in ignored), None)
-            if touched is not None:
-                skipped.append((name, f"{touched} is ignored"))
+            reason = self._untouchable(group, ignored)
+            if reason is not None:
+                skipped.append((name, reason))
                 continue
-            blocks = channel_groups(group)
-            if not _divides(group, blocks):
-                skipped.append((name, f"its {size} channels do not fall into {blocks} equal channel groups"))
-                continue
-            first = sizes.get(name, size)
-            portions = _portions(size // blocks, first // blocks, blocks, limits)
-            layers.append(Layer(name, group, size, blocks, first, portions, effect_per_neuron(group, self._names)))
+            layers.append(layer_of(group, name, sizes.get(name), self.names, limits))
+        if limits.verify:
+            reasons = verified(self.model, self.example, self.names, layers)
+            skipped += reasons.items()
+            layers = [layer for layer in layers if layer.name not in reasons]
         if not layers:
             raise InputError(
                 "model: expected at least one layer whose channels may be removed, found none"
                 + "".join(f"; {name}: {reason}" for name, reason in skipped[:3])
             )
         return Prunable(layers, skipped, neurons)
+
+    def _untouchable(self, group: tp.dependency.Group, ignored: set[nn.Module]) -> str | None:
+        """Why nothing may be taken from a group, as far as its members tell."""
+        outwards = self.graph.is_out_channel_pruning_fn
+        for item in group.items:
+            module = item.dep.target.module
+            if not isinstance(module, nn.Module) or module not in self.names:
+                continue
+            name, kind = self.names[module], kind_of(module)
+            side = "out" if outwards(item.dep.handler) else "in"
+            if module in ignored:
+                return f"{name} is ignored"
+            computed = [key for key in ("weight", "bias") if _computed(module, key)]
+            if computed:
+                return f"the {computed[0]} of {name} is computed when it runs, as by weight_norm or a pruning mask"
+            if isinstance(kind, Recurrent) and side == "out":
+                return f"{name} adds to it, and the hidden units of a recurrent layer are not pruned"
+            channels = kind.channels[side == "out"]
+            if None in item.root_idxs:
+                return f"Torch-Pruning does not say which neuron each channel of {name} belongs to"
+            if channels and max(item.idxs, default=0) >= channels:
+                return f"Torch-Pruning takes channels from {name} that it does not have"
+        blocks = channel_groups(group)
+        if not divides(group, blocks):
+            return f"its {len(group[0].idxs)} channels do not fall into {blocks} equal channel groups"
+        return None
+
+    def _without_group(self, failed: Sequence[tuple[nn.Module, str]]) -> list[tuple[str, str]]:
+        """Layers with neurons that no group holds, with what keeps them out."""
+        outwards, placed = self.graph.is_out_channel_pruning_fn, {root for root, _ in failed}
+        whole: dict[nn.Module, set[int]] = {}
+        for group in self.groups:
+            for dep, channels in group:
+                if isinstance(dep.target.module, nn.Module) and outwards(dep.handler):
+                    whole.setdefault(dep.target.module, set()).update(channels)
+        reasons = []
+        for module, name in self.names.items():
+            kind = kind_of(module)
+            if not kind.consumes or module in placed or isinstance(kind, Attention) or _inside(module, self.names):
+                continue
+            if isinstance(kind, Recurrent):
+                reasons.append((name, "the hidden units of a recurrent layer are not pruned"))
+            elif module not in self.graph.module2node:
+                reasons.append((name, "it does not run in eval mode, or under no_grad"))
+            elif len(whole.get(module, ())) < kind.channels[1]:
+                reasons.append((name, "Torch-Pruning puts its channels into no group, as where one stands for many"))
+        return reasons
 
     def _returned(self, group: tp.dependency.Group) -> bool:
         """Whether the model returns what a layer of the group makes."""
@@ -148,27 +152,16 @@ def prunable_layers(model: nn.Module, example_inputs: Any, limits: Limits, sizes
     return Survey(model, example_inputs).within(limits, sizes)
 
 
-def _divides(group: tp.dependency.Group, blocks: int) -> bool:
-    """Whether neurons at the same offset of every block are at the same offset of every channel group they reach."""
-    size = len(group[0].idxs)
-    if blocks == 1:
-        return True
-    if any(len(idxs) % blocks for _, idxs in group):
-        return False
-    for item in group.items:
-        module = item.dep.target.module
-        kind = kind_of(module)
-        parts = kind.blocks
-        inwards = group._DG.is_in_channel_pruning_fn(item.dep.handler)
-        if parts == 1:
-            continue
-        if len(item.idxs) != kind.channels[0 if inwards else 1] or None in item.root_idxs:
-            return False  # other channels share its blocks, as after a concatenation
-        root_of = dict(zip(item.idxs, item.root_idxs, strict=True))
-        offsets = torch.tensor([root_of[k] % (size // blocks) for k in sorted(root_of)]).view(parts, -1)
-        if (offsets != offsets[0]).any():
-            return False
-    return True
+def _computed(module: nn.Module, name: str) -> bool:
+    """Whether what should be a parameter is made from others each time the layer runs."""
+    stored = module._parameters.get(name) is not None
+    return not stored and isinstance(getattr(module, name, None), Tensor) and name not in module._buffers
+
+
+def _inside(module: nn.Module, names: Mapping[nn.Module, str]) -> bool:
+    """Whether it is the projection of an attention layer, which runs without it."""
+    parents = (parent for parent in names if isinstance(kind_of(parent), Attention))
+    return any(module in parent.modules() for parent in parents)
 
 
 def _ignored(model: nn.Module, patterns: Sequence[str]) -> set[nn.Module]:
@@ -184,17 +177,3 @@ def _ignored(model: nn.Module, patterns: Sequence[str]) -> set[nn.Module]:
         for name in matched:
             found.update(model.get_submodule(name).modules())
     return found
-
-
-def _portions(offsets: int, first: int, blocks: int, limits: Limits) -> list[int]:
-    """How many offsets each removal step takes, until what must stay is left."""
-    multiple = limits.round_to // math.gcd(limits.round_to, blocks) if limits.round_to else 1
-    floor = max(limits.min_channels, math.ceil(first * (1.0 - limits.max_pruning_ratio) - 1e-9), 1)
-    portions: list[int] = []
-    kept = offsets
-    while True:
-        fewer = (kept - 1) // multiple * multiple
-        if fewer < floor:
-            return portions
-        portions.append(kept - fewer)
-        kept = fewer

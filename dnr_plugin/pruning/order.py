@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dnr_plugin.network.cost import FlopReport
 from dnr_plugin.network.dependencies import isomorphism_class
 from dnr_plugin.pruning.cost_model import CostModel
-from dnr_plugin.pruning.groups import Layer
+from dnr_plugin.pruning.layers import Layer
 from dnr_plugin.pruning.targets import Target
 
 # Of what is saved against what is lost: 0 for "global", 1 for damage per FLOP; docs/criterion.md has the measurement.
@@ -21,39 +21,47 @@ SCOPES = ("local", "global", "isomorphic", "cost_aware")
 
 @dataclass(frozen=True)
 class Step:
-    """One removal step: the next ``offsets`` of a layer, in every block."""
+    """One removal step: the next ``units`` of one part of a layer."""
 
     layer: int
-    offsets: tuple[int, ...]
+    part: int
+    units: tuple[int, ...]
+    neurons: int
     key: tuple[float, ...]
     dead: bool
 
 
 def layer_steps(index: int, layer: Layer, scores: Tensor, dead: Tensor) -> Iterator[Step]:
-    by_offset = scores.detach().cpu().double().view(layer.blocks, -1).mean(0)
-    offset_dead = dead.view(layer.blocks, -1).all(0)
-    order = sorted(range(len(by_offset)), key=lambda k: (not offset_dead[k], float(by_offset[k]), k))
-    start, highest = 0, -math.inf
-    for portion in layer.portions:
-        offsets = tuple(order[start : start + portion])
-        start += portion
-        highest = max(highest, *(float(by_offset[k]) for k in offsets))
-        yield Step(index, offsets, (highest,), all(bool(offset_dead[k]) for k in offsets))
+    """The removal steps of a layer: in each part of it the dead units first, then by score."""
+    by_unit, unit_dead = layer.by_unit(scores).tolist(), layer.all_of(dead).tolist()
+    for number, part in enumerate(layer.parts):
+        order = sorted(part.units, key=lambda k: (not unit_dead[k], by_unit[k], k))
+        start, highest = 0, -math.inf
+        for portion in part.portions:
+            units = tuple(order[start : start + portion])
+            start += portion
+            highest = max(highest, *(by_unit[k] for k in units))
+            yield Step(index, number, units, len(layer.neurons(units)), (highest,), all(unit_dead[k] for k in units))
 
 
-def savings_of(model: nn.Module, report: FlopReport, layers: Sequence[Layer], target: Target) -> list[float]:
-    """What a neuron of each layer saves of what a target counts, as far as it weighs against its score."""
-    found = []
+def savings_of(model: nn.Module, report: FlopReport, layers: Sequence[Layer], target: Target) -> list[list[float]]:
+    """What a neuron of each part of each layer saves of what a target counts, as it weighs against its score."""
+    savings = []
     for layer in layers:
-        cost = CostModel(model, report)
-        before = cost.flops, cost.params
-        cost.remove(layer.effect)
-        saved = target.saved(before[0] - cost.flops, before[1] - cost.params)
-        found.append(max(saved, 1e-9) ** _WEIGHT)
-    return found
+        each = layer.size / layer.units
+        of_parts = []
+        for part in layer.parts:
+            cost = CostModel(model, report)
+            before = cost.flops, cost.params
+            cost.remove({key: count / each for key, count in part.effect.items()})
+            of_parts.append(max(target.saved(before[0] - cost.flops, before[1] - cost.params), 1e-9) ** _WEIGHT)
+        savings.append(of_parts)
+    return savings
 
 
-def ordered(steps: Sequence[Step], layers: Sequence[Layer], scope: str, savings: Sequence[float]) -> list[Step]:
+def ordered(
+    steps: Sequence[Step], layers: Sequence[Layer], scope: str, savings: Sequence[Sequence[float]]
+) -> list[Step]:
     """All removal steps in the order in which they are taken; within a layer the given order is kept."""
 
     def group_of(step: Step) -> object:
@@ -65,12 +73,12 @@ def ordered(steps: Sequence[Step], layers: Sequence[Layer], scope: str, savings:
         pools.setdefault(group_of(step), []).append(step)
     keyed: list[tuple[tuple[bool, float, int], Step]] = []
     for pool in pools.values():
-        pool.sort(key=lambda step: (not step.dead, step.key[0] / savings[step.layer], step.layer))
+        pool.sort(key=lambda step: (not step.dead, step.key[0] / savings[step.layer][step.part], step.layer))
         members = {step.layer for step in pool}
         total = sum(layers[k].first for k in members)
         gone = sum(layers[k].first - layers[k].size for k in members)
         for step in pool:
-            gone += len(step.offsets) * layers[step.layer].blocks
+            gone += step.neurons
             keyed.append(((not step.dead, gone / total, step.layer), step))
     keyed.sort(key=lambda pair: pair[0])
     return [step for _, step in keyed]

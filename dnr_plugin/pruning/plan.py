@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,10 +11,12 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from dnr_plugin.errors import InputError, TargetError, did_you_mean
+from dnr_plugin.network.calling import copied
 from dnr_plugin.network.cost import flop_report, latencies
 from dnr_plugin.network.dependencies import inexact_reason
 from dnr_plugin.pruning.cost_model import CostModel
-from dnr_plugin.pruning.groups import Limits, Survey
+from dnr_plugin.pruning.groups import Survey
+from dnr_plugin.pruning.layers import Limits
 from dnr_plugin.pruning.order import SCOPES, Step, layer_steps, ordered, savings_of
 from dnr_plugin.pruning.removal import prune_neurons
 from dnr_plugin.pruning.targets import Baseline, Dead, Target, baseline, target_of
@@ -77,8 +78,11 @@ def reachable(
     survey = survey or Survey(model, example_inputs)
     dense = dense or baseline(model, example_inputs, survey=survey)
     found = survey.within(limits, dense.sizes)
-    removals = {layer.name: layer.neurons(range(sum(layer.portions))) for layer in found.layers}
-    trial = copy.deepcopy(model)
+    removals = {
+        layer.name: sorted(layer.neurons(u for part in layer.parts for u in part.units[: sum(part.portions)]))
+        for layer in found.layers
+    }
+    trial = copied(model)
     prune_neurons(trial, example_inputs, removals)
     report = flop_report(trial, example_inputs)
     return target.measure(report.flops, report.params, found.neurons - sum(map(len, removals.values())), dense)
@@ -175,28 +179,32 @@ def plan_removal(
             dead_in[layer.name] = int(is_dead.sum())
         steps += layer_steps(index, layer, scores, is_dead)
     report = flop_report(model, example_inputs)
-    savings = savings_of(model, report, layers, target) if scope == "cost_aware" else [1.0] * len(layers)
+    savings = (
+        savings_of(model, report, layers, target)
+        if scope == "cost_aware"
+        else [[1.0] * len(layer.parts) for layer in layers]
+    )
     steps = ordered(steps, layers, scope, savings)
 
     cost = CostModel(model, report)
     predicted, left = [target.measure(cost.flops, cost.params, neurons, dense)], neurons
     for step in steps:
-        taken = len(step.offsets) * layers[step.layer].blocks
-        cost.remove({key: count * taken for key, count in layers[step.layer].effect.items()})
-        left -= taken
+        effect = layers[step.layer].parts[step.part].effect
+        cost.remove({key: count * len(step.units) for key, count in effect.items()})
+        left -= step.neurons
         predicted.append(target.measure(cost.flops, cost.params, left, dense))
 
     def removals(count: int) -> dict[str, list[int]]:
         chosen: dict[str, list[int]] = {}
         for step in steps[:count]:
             layer = layers[step.layer]
-            chosen.setdefault(layer.name, []).extend(layer.neurons(step.offsets))
+            chosen.setdefault(layer.name, []).extend(layer.neurons(step.units))
         return {name: sorted(chosen[name]) for name in sorted(chosen)}
 
     def measured(count: int) -> float:
         if target.counts_neurons:
             return predicted[count]
-        trial = copy.deepcopy(model)
+        trial = copied(model)
         prune_neurons(trial, example_inputs, removals(count))
         if target.timed:
             assert dense.model is not None

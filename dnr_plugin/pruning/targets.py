@@ -5,7 +5,6 @@ A new kind is a class here with an entry in `TARGETS`, and a field of its name i
 
 from __future__ import annotations
 
-import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,8 +13,10 @@ from typing import Any, ClassVar
 from torch import nn
 
 from dnr_plugin.errors import TargetError, did_you_mean
+from dnr_plugin.network.calling import copied
 from dnr_plugin.network.cost import FlopReport, flop_report
-from dnr_plugin.pruning.groups import Limits, Survey
+from dnr_plugin.pruning.groups import Survey
+from dnr_plugin.pruning.layers import Limits
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ def baseline(
         survey: of the model; made here by default.
     """
     found = (survey or Survey(model, example_inputs)).within(Limits(), {})
-    kept = copy.deepcopy(model) if keep_model else None
+    kept = copied(model) if keep_model else None
     sizes = {layer.name: layer.size for layer in found.layers}
     return Baseline(flop_report(model, example_inputs), found.neurons, sizes, kept)
 

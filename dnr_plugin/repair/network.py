@@ -23,7 +23,7 @@ Source: He et al., *Channel Pruning for Accelerating Very Deep Neural Networks*,
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +40,7 @@ from dnr_plugin.repair.pair import fit_pair
 from dnr_plugin.repair.reference import Reference
 
 _MAX_UNKNOWNS = 8192  # weights of one output: beyond, the moments of the inputs outgrow memory
+_FOLDED = "its outputs are not one for each image"
 _OTHERWISE = "{}: the pruned model was expected to run like the dense one, found otherwise"
 
 
@@ -88,7 +89,7 @@ def repair_network(
     dense: nn.Module,
     example_inputs: Any,
     removals: Mapping[str, Sequence[int]],
-    images: Tensor | Iterable[Tensor],
+    images: Any,
     *,
     pairs: bool = False,
     rows: int | None = None,
@@ -129,6 +130,7 @@ def repair_towards(
     kept = kept_channels(reference.dense, reference.example, removals)
     modules = {name: module for module, name in module_names(model).items()}
     left = {name: _left(modules[name]) for name in sites}
+    left |= {name: _FOLDED for name in sites if left[name] is None and name not in reference.targets}
     done = {name: LayerRepair(name, left="it runs more than once, or not at all") for name in kept if name not in sites}
     reached: set[str] = set()
     others: dict[int, Tensor] = {}
@@ -146,7 +148,7 @@ def repair_towards(
         reached.add(name)
         there, goal = reference.at(name, module)
         wide = torch.promote_types(goal.dtype, torch.float32)
-        goal, other = goal[:, kept[name].outputs.to(images.device)].to(wide), None
+        goal, other = goal[:, kept[name].outputs.to(goal.device)].to(wide), None
         if site.other is not None:
             other = there.pick(consumer(module).by_channel(others[site.other]), 0).to(wide)
             waiting[site.other] -= 1

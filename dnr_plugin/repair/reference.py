@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -11,7 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from dnr_plugin.errors import InputError
-from dnr_plugin.network.calling import call, kept_modes, module_names
+from dnr_plugin.network.calling import (
+    batch_inputs,
+    call,
+    concatenated,
+    kept_modes,
+    module_names,
+    part_of,
+    samples_in,
+)
 from dnr_plugin.network.flow import Calls, Site, trace_sites
 from dnr_plugin.network.kinds import consumer, kind_of
 from dnr_plugin.repair.places import CHUNK, Places
@@ -27,7 +35,8 @@ class Reference:
     Args:
         dense: the network before anything was removed; not to be changed afterwards.
         example_inputs: as Torch-Pruning takes them.
-        images: a batch of inputs like those of training, on the device, or many; read as far as ``memory`` goes.
+        images: a batch of inputs like those of training, on the device, or many, as a loader gives them
+            (`calling.batch_inputs`); read as far as ``memory`` goes.
         rows: places, of all images together, at which a layer's outputs are compared; by default 16 of each image, as
             far as ``memory`` goes, but at least one and a half times the weights of an output of the pruned layer.
         memory: bytes of the largest output of a layer, and of what is read of one. A pruned model runs on all images
@@ -40,7 +49,7 @@ class Reference:
         self,
         dense: nn.Module,
         example_inputs: Any,
-        images: Tensor | Iterable[Tensor],
+        images: Any,
         *,
         rows: int | None = None,
         memory: int = 2**29,
@@ -49,17 +58,17 @@ class Reference:
         self.dense, self.example = dense, example_inputs
         self.sites = trace_sites(dense, example_inputs)
         most = memory // (4 * max(site.size for site in self.sites.values()))
-        self.images = _some([images] if isinstance(images, Tensor) else images, most)
+        self.images = _some(images, example_inputs, most)
+        self.count = samples_in(self.images)
         modules = {name: module for module, name in module_names(dense).items()}
         self.rows, self.memory = rows, memory
-        count = len(self.images)
-        self.places = {name: Places(f"{seed} {name}", self._each(modules[name]), count) for name in self.sites}
+        self.places = {name: Places(f"{seed} {name}", self._each(modules[name]), self.count) for name in self.sites}
         fitted = {name: site for name, site in self.sites.items() if kind_of(modules[name]).unrepaired is None}
         self.targets = _targets(dense, fitted, self.places, self.images)
 
     def _each(self, module: nn.Module) -> int:
         """Places of an image at which a layer is compared."""
-        count, unknowns = len(self.images), max(1, kind_of(module).unknowns)
+        count, unknowns = self.count, max(1, kind_of(module).unknowns)
         default = max(min(_EACH * count, self.memory // (4 * unknowns)), round(_PER_UNKNOWN * unknowns))
         return max(1, (self.rows or default) // count)
 
@@ -71,33 +80,42 @@ class Reference:
         places, targets = self.places[name], self.targets[name]
         there = copy.copy(places)
         there.each = min(places.each, self._each(module))
-        return there, targets.view(len(self.images), -1, targets.shape[1])[:, : there.each].flatten(0, 1)
+        return there, targets.view(self.count, -1, targets.shape[1])[:, : there.each].flatten(0, 1)
 
 
-def _some(batches: Iterable[Tensor], most: int) -> Tensor:
-    """The first images, at most so many, but one batch at least of 64."""
-    found: list[Tensor] = []
-    left = max(most, CHUNK)
-    for batch in batches:
-        found.append(batch[:left])
-        left -= len(found[-1])
-        if left == 0:
+def _some(images: Any, example: Any, most: int) -> Any:
+    """The first samples, at most so many, but one batch at least of 64, in the form that the model is called with."""
+    several = isinstance(example, dict | list | tuple) and len(example) > 1
+    whole = isinstance(images, Tensor | dict) or (
+        several and isinstance(images, tuple) and isinstance(images[0], Tensor)
+    )
+    batches: list[Any] = []
+    room = max(most, CHUNK)
+    for batch in [images] if whole else images:
+        batches.append(part_of(batch_inputs(batch, example), slice(room)))
+        room -= samples_in(batches[-1])
+        if room == 0:
             break
-    if not found:
+    if not batches:
         raise InputError("images: expected at least one batch, found none")
-    return torch.cat(found)
+    return concatenated(batches)
 
 
 def _targets(
-    dense: nn.Module, sites: Mapping[str, Site], places: Mapping[str, Places], images: Tensor
+    dense: nn.Module, sites: Mapping[str, Site], places: Mapping[str, Places], images: Any
 ) -> dict[str, Tensor]:
-    """What each layer should give, in the dense network: rows of all images, [R, out]."""
+    """What each layer should give, in the dense network: rows of all images, [R, out].
+
+    Without layers whose outputs are not one for each image, as where frames are folded into the batch.
+    """
     modules = {name: module for module, name in module_names(dense).items()}
     found: dict[str, list[Tensor]] = {name: [] for name in sites}
-    first = 0
+    first, part = 0, images
 
     def read(name: str, output: Tensor) -> None:
         values = consumer(modules[name]).by_channel(output)
+        if len(values) != samples_in(part):
+            return
         places[name].positions = values.shape[2]
         found[name].append(places[name].pick(values, first))
 
@@ -120,8 +138,8 @@ def _targets(
     try:
         with kept_modes(dense):
             dense.eval()
-            for first in range(0, len(images), 4 * CHUNK):
-                part = images[first : first + 4 * CHUNK]
+            for first in range(0, samples_in(images), 4 * CHUNK):
+                part = part_of(images, slice(first, first + 4 * CHUNK))
                 calls.count = 0
                 with calls:
                     call(dense, part)

@@ -14,7 +14,8 @@ from dnr_plugin.errors import InputError, did_you_mean
 from dnr_plugin.models.build import build_model
 from dnr_plugin.models.examples import check_forward, example_image
 from dnr_plugin.models.options import check_model
-from dnr_plugin.pruning.groups import Limits, Survey
+from dnr_plugin.pruning.groups import Survey
+from dnr_plugin.pruning.layers import Limits
 from dnr_plugin.pruning.plan import check_target
 from dnr_plugin.pruning.targets import Baseline, baseline
 from dnr_plugin.recipe.schema import Recipe

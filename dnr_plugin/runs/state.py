@@ -19,7 +19,7 @@ from dnr_plugin.devices import placed
 from dnr_plugin.files import atomic_write
 from dnr_plugin.models.saved import build, describe
 from dnr_plugin.observation.history import NeuronHistory
-from dnr_plugin.pruning.groups import Limits
+from dnr_plugin.pruning.layers import Limits
 from dnr_plugin.recipe.schema import Recipe
 from dnr_plugin.runs.checks import Prepared, limits_of
 from dnr_plugin.runs.results import Results

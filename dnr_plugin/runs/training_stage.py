@@ -12,7 +12,7 @@ import torch
 
 from dnr_plugin.dynamics.check import Check
 from dnr_plugin.dynamics.dynamics import DyingNeuronDynamics
-from dnr_plugin.pruning.groups import Limits
+from dnr_plugin.pruning.layers import Limits
 from dnr_plugin.pruning.targets import baseline
 from dnr_plugin.runs.removal_stage import importance_of
 from dnr_plugin.runs.results import CheckSums, Removal

@@ -54,6 +54,14 @@ def histograms(evidence: Sequence[Evidence], neurons: int) -> Tensor:
     return found
 
 
+def read(evidence: Sequence[Evidence], neurons: int) -> Tensor:
+    """Neurons that some consumer carries a channel of; bool, shape [n]."""
+    carried = torch.zeros(neurons, dtype=torch.bool)
+    for e in evidence:
+        carried[e.use.neurons] = True
+    return carried
+
+
 @dataclass(frozen=True)
 class Verdict:
     """What the observed samples say about each of n neurons; bool tensors of shape [n].
@@ -76,13 +84,14 @@ class Verdict:
 def judge(evidence: Sequence[Evidence], neurons: int) -> Verdict:
     """Decides which neurons of a group are silent, zero, constant and dead.
 
-    A residual stream's neuron is any of these only if it is so at every consumer.
+    A residual stream's neuron is any of these only if it is so at every consumer; one of which no consumer carries a
+    channel is not judged: it is none of these.
 
     Args:
         evidence: every consumer of the group, at least one.
         neurons: n.
     """
-    silent = torch.ones(neurons, dtype=torch.bool)
+    silent = read(evidence, neurons)
     zero, constant, still = silent.clone(), silent.clone(), silent.clone()
     for e in evidence:
         activity = e.activity

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from dnr_plugin.errors import did_you_mean
 from dnr_plugin.network.calling import module_names
-from dnr_plugin.network.dependencies import channel_groups, uses
+from dnr_plugin.network.dependencies import channel_groups, units, uses
 from dnr_plugin.network.kinds import consumer
+from dnr_plugin.network.units import ties
 from dnr_plugin.observation.history import NeuronHistory
 from dnr_plugin.observation.observer import Observer
 from dnr_plugin.scoring.correction import correct
-from dnr_plugin.scoring.evidence import Evidence, Verdict, judge
+from dnr_plugin.scoring.evidence import Evidence, Verdict, judge, read
 from dnr_plugin.scoring.following import Followed, Pending
 from dnr_plugin.scoring.redundancy import redundancy
 from dnr_plugin.scoring.scores import SCORES, score_neurons
@@ -195,7 +196,8 @@ class DyingNeuronImportance(tp.importance.Importance):  # type: ignore[misc]
         self._note(group, found)
         n = len(group[0].idxs)
         redundant = self.score == "redundancy"
-        score = redundancy(group._DG, found, n) if redundant else score_neurons(self.score, found, n)
+        tied = ties(group)[torch.tensor(group[0].idxs)]
+        score = redundancy(group._DG, found, tied) if redundant else score_neurons(self.score, found, n)
         if self.prior:
             score *= self._alive(root, group) ** self.prior
         tie_break = score_neurons("magnitude", found, n)
@@ -211,7 +213,8 @@ class DyingNeuronImportance(tp.importance.Importance):  # type: ignore[misc]
         rank[order] = torch.arange(n, dtype=torch.float64)
         rank += (self._order.setdefault(root, len(self._order)) + 1) * 0.6180339887498949 % 1.0
         distinct = score * (1.0 + _STEP * rank)
-        return torch.where(self._kept(root, group, distinct), _KEPT * (1.0 + _STEP * rank), distinct)
+        kept = self._kept(root, group, distinct) | ~read(found, n)
+        return torch.where(kept, _KEPT * (1.0 + _STEP * rank), distinct)
 
     def evidence(self, group: tp.dependency.Group) -> list[Evidence]:
         """The consumers of a group with what was observed there; empty if incomplete (`why_unscored`).
@@ -275,17 +278,25 @@ class DyingNeuronImportance(tp.importance.Importance):  # type: ignore[misc]
     @contextlib.contextmanager
     def unchanged(self) -> Iterator[None]:
         """Forgets on leaving what was removed inside: for trials on a copy of the model."""
-        observer = self.observer
-        assert observer is not None
-        saved = {name: copy.copy(activity) for name, activity in observer.activities.items()}, dict(self._ids)
-        histories = dict(self._histories)
-        followed, self._followed = self._followed, {}
+        restore = self.snapshot()
+        self._followed = {}
         try:
             yield
         finally:
-            observer.activities, self._ids = saved
-            self._histories = histories
-            self._followed = followed
+            restore()
+
+    def snapshot(self) -> Callable[[], None]:
+        """What makes statistics and histories again what they are now, whatever is removed and followed meanwhile."""
+        observer = self.observer
+        activities = {} if observer is None else {name: copy.copy(a) for name, a in observer.activities.items()}
+        ids, histories, followed = dict(self._ids), dict(self._histories), dict(self._followed)
+
+        def restore() -> None:
+            if observer is not None:
+                observer.activities = activities
+            self._ids, self._histories, self._followed = ids, histories, followed
+
+        return restore
 
     def verdict(self, group: tp.dependency.Group) -> Verdict | None:
         """Which neurons of a group are silent, zero, constant and dead, or None where it has no observed consumer."""
@@ -380,16 +391,18 @@ class DyingNeuronImportance(tp.importance.Importance):  # type: ignore[misc]
         return score / scale if scale > 0 else score
 
     def _kept(self, root: str, group: tp.dependency.Group, score: Tensor) -> Tensor:
-        """Marks the best neurons of a whole group, in whole channel groups, that no removal may take."""
-        n, blocks = len(score), channel_groups(group)
-        if n != self._channels(group) or n % blocks:
+        """Marks the best neurons of a whole group, in whole units, that no removal may take."""
+        n = len(score)
+        if n != self._channels(group) or n % channel_groups(group):
             return torch.zeros(n, dtype=torch.bool)
-        size = n // blocks
+        unit = units(group)
+        size = int(unit.max()) + 1
         first = self._first_size.setdefault(root, size)
         count = min(size, max(self.min_channels, math.ceil(first * (1.0 - self.max_pruning_ratio) - 1e-9)))
         kept = torch.zeros(size, dtype=torch.bool)
-        kept[score.view(blocks, size).mean(0).argsort()[size - count :]] = True
-        return kept.repeat(blocks)
+        mean = torch.zeros(size, dtype=score.dtype).scatter_reduce(0, unit, score, "mean", include_self=False)
+        kept[mean.argsort()[size - count :]] = True
+        return kept[unit]
 
 
 def _network(model: nn.Module) -> nn.Module:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
 from dnr_plugin.network.batchnorm import affine, norm_behind
+from dnr_plugin.network.dependencies import Use
 from dnr_plugin.network.kinds import consumer
 from dnr_plugin.scoring.brain_surgeon import Reader, damages
 from dnr_plugin.scoring.evidence import Evidence
@@ -66,18 +68,27 @@ def _scale(graph: tp.DependencyGraph, module: nn.Module) -> Tensor | None:
     return affine(norm)[0].abs().cpu()
 
 
-def redundancy(graph: tp.DependencyGraph, evidence: Sequence[Evidence], neurons: int) -> Tensor:
+def redundancy(graph: tp.DependencyGraph, evidence: Sequence[Evidence], unit: Tensor) -> Tensor:
     """What removing each neuron costs when the one that costs least always goes first, and others stand in for it.
 
     Args:
         graph: of the model.
         evidence: every consumer of the group, with second moments.
-        neurons: n.
+        unit: number of the unit that each neuron is tied to (`units.ties`), int64, shape [n].
 
     Returns:
-        Ascending in the order in which they go; >= 0, float64, shape [n].
+        Ascending in the order in which they go, the same for neurons that are tied; >= 0, float64, shape [n].
     """
-    order, costs = damages(readers(graph, evidence), neurons)
-    score = torch.empty(neurons, dtype=torch.float64)
+    _, unit = torch.unique(unit, return_inverse=True)
+    order, costs = damages(readers(graph, [_of_units(e, unit) for e in evidence]), int(unit.max()) + 1)
+    score = torch.empty_like(costs)
     score[order] = costs.cummax(0).values
-    return score
+    return score[unit]
+
+
+def _of_units(e: Evidence, unit: Tensor) -> Evidence:
+    """A consumer with its channels numbered by units, each once: tied neurons are carried by the same channels."""
+    pairs = torch.stack([unit[e.use.neurons], e.use.channels], 1)
+    if len(unit) > int(unit.max()) + 1:
+        pairs = torch.unique(pairs, dim=0)
+    return replace(e, use=Use(e.use.module, pairs[:, 1], pairs[:, 0]))

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dnr_plugin.data.images import ImageSource
+from dnr_plugin.devices import fast_layout
 from dnr_plugin.dynamics.check import Check
 from dnr_plugin.dynamics.dynamics import DyingNeuronDynamics
 from dnr_plugin.errors import RunError
@@ -64,8 +65,8 @@ class Trainer:
     def __init__(
         self, model: nn.Module, images: ImageSource, options: TrainOptions, seed: int, augment: Iterable[str] = ()
     ) -> None:
-        if options.amp:  # the layout in which 16-bit convolutions are fast, on a CPU as well
-            model.to(memory_format=torch.channels_last)
+        if options.amp:
+            model.to(memory_format=fast_layout(next(model.parameters()).device))  # type: ignore[call-overload]
         self.model, self.images, self.options, self.seed = model, images, options, seed
         self.augment = tuple(augment)
         self.dynamics: DyingNeuronDynamics | None = None

@@ -21,7 +21,8 @@ from dnr_plugin.benchmarks.criteria.contenders import (
     build_criterion,
     check_scores,
 )
-from dnr_plugin.pruning.groups import Limits, prunable_layers
+from dnr_plugin.pruning.groups import prunable_layers
+from dnr_plugin.pruning.layers import Limits
 from dnr_plugin.pruning.plan import plan_removal
 from dnr_plugin.recipe.sections import ObserveOptions
 from dnr_plugin.scoring.scores import SCORES

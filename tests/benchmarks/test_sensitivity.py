@@ -12,7 +12,8 @@ from helpers.commands import refused
 
 from dnr_plugin.cli.main import main
 from dnr_plugin.models.build import build_model
-from dnr_plugin.pruning.groups import Limits, prunable_layers
+from dnr_plugin.pruning.groups import prunable_layers
+from dnr_plugin.pruning.layers import Limits
 from dnr_plugin.recipe.load import load_recipe
 
 FEW = ["--set", "prune.repair_samples=64"]

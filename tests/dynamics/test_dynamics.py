@@ -31,7 +31,7 @@ from torch import nn
 
 from dnr_plugin.dynamics.timetable import Timetable
 from dnr_plugin.network.cost import flop_report
-from dnr_plugin.pruning.groups import Limits
+from dnr_plugin.pruning.layers import Limits
 from dnr_plugin.pruning.targets import TARGETS, baseline
 
 

@@ -33,7 +33,7 @@ from dnr_plugin.dynamics.timetable import Timetable
 from dnr_plugin.errors import InputError
 from dnr_plugin.models.build import build_model
 from dnr_plugin.models.saved import build, describe
-from dnr_plugin.pruning.groups import Limits
+from dnr_plugin.pruning.layers import Limits
 from dnr_plugin.pruning.targets import baseline
 from dnr_plugin.recipe.sections import ModelOptions
 

@@ -15,7 +15,8 @@ from dnr_plugin.dynamics.dynamics import DyingNeuronDynamics
 from dnr_plugin.dynamics.timetable import Timetable
 from dnr_plugin.models.build import build_model
 from dnr_plugin.network.cost import flop_report
-from dnr_plugin.pruning.groups import Limits, prunable_layers
+from dnr_plugin.pruning.groups import prunable_layers
+from dnr_plugin.pruning.layers import Limits
 from dnr_plugin.pruning.removal import prune_neurons
 from dnr_plugin.pruning.targets import TARGETS, baseline
 from dnr_plugin.recipe.sections import ModelOptions
@@ -118,8 +119,8 @@ def one_step(model: nn.Module, example: Tensor, kind: str, limits: Limits) -> fl
     found_groups = prunable_layers(model, example, limits, {})
     layers, neurons = found_groups.layers, found_groups.neurons
     most = 0.0
-    for layer in layers:
-        trial, gone = copy.deepcopy(model), layer.neurons(range(layer.portions[0]))
+    for layer, part in ((one, part) for one in layers for part in one.parts):
+        trial, gone = copy.deepcopy(model), layer.neurons(part.units[: part.portions[0]])
         prune_neurons(trial, example, {layer.name: gone})
         report = flop_report(trial, example)
         found = TARGETS[kind]().measure(report.flops, report.params, neurons - len(gone), dense)

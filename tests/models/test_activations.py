@@ -26,7 +26,7 @@ from dnr_plugin.models.activations.replacing import apply_spec, replace_activati
 from dnr_plugin.models.build import build_model, rebuild
 from dnr_plugin.models.saved import load_pruned, save_pruned
 from dnr_plugin.network.cost import flop_report
-from dnr_plugin.pruning.groups import Limits
+from dnr_plugin.pruning.layers import Limits
 from dnr_plugin.pruning.plan import plan_removal
 from dnr_plugin.pruning.removal import prune_neurons
 from dnr_plugin.recipe.sections import ModelOptions

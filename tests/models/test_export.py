@@ -17,7 +17,7 @@ from dnr_plugin.errors import InputError, RunError
 from dnr_plugin.models import export
 from dnr_plugin.models.build import build_model
 from dnr_plugin.models.export import export_model
-from dnr_plugin.pruning.groups import Limits
+from dnr_plugin.pruning.layers import Limits
 from dnr_plugin.recipe.sections import ModelOptions
 
 

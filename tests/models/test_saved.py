@@ -20,7 +20,7 @@ from dnr_plugin.errors import InputError
 from dnr_plugin.files import atomic_write
 from dnr_plugin.models.build import build_model
 from dnr_plugin.models.saved import build, describe, load_pruned, save_pruned
-from dnr_plugin.pruning.groups import Limits
+from dnr_plugin.pruning.layers import Limits
 from dnr_plugin.pruning.plan import plan_removal
 from dnr_plugin.pruning.removal import prune_neurons
 from dnr_plugin.recipe.sections import ModelOptions

@@ -10,8 +10,8 @@ import torchvision
 from torch import Tensor, nn
 
 from dnr_plugin.network.cost import count_params, flop_report
-from dnr_plugin.network.dependencies import build_graph, channel_groups
-from dnr_plugin.pruning.cost_model import CostModel, effect_per_neuron
+from dnr_plugin.network.dependencies import build_graph, channel_groups, units
+from dnr_plugin.pruning.cost_model import CostModel, effect_per_unit
 from dnr_plugin.pruning.removal import prune_neurons
 
 
@@ -75,9 +75,9 @@ def _effects(model: nn.Module, x: Tensor, draw: random.Random) -> tuple[CostMode
         blocks, size = channel_groups(group), len(group[0].idxs)
         offsets = draw.sample(range(size // blocks), draw.randint(1, size // blocks - 1))
         gone = [block * (size // blocks) + offset for block in range(blocks) for offset in offsets]
-        effect = effect_per_neuron(group, names)
+        effect = effect_per_unit(group, names, units(group), range(size // blocks))
         for _ in range(len(offsets)):  # in portions, as the planner does
-            cost.remove({key: count * blocks for key, count in effect.items()})
+            cost.remove(effect)
         removals[names[group[0].dep.target.module]] = gone
     return cost, removals
 
@@ -123,7 +123,8 @@ def test_bare_parameters_shrink_with_the_group() -> None:
     names = {module: name for name, module in model.named_modules()}
     group = next(group for group in build_graph(model, x).get_all_groups() if group[0].dep.target.module is model.conv)
     cost = CostModel(model, flop_report(model, x))
-    cost.remove({key: 3 * count for key, count in effect_per_neuron(group, names).items()})
+    effect = effect_per_unit(group, names, units(group), range(len(group[0].idxs)))
+    cost.remove({key: 3 * count for key, count in effect.items()})
     prune_neurons(model, x, {"conv": [0, 4, 5]})
     assert model.scale.numel() == 5
     assert cost.params == pytest.approx(count_params(model))

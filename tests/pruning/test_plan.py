@@ -21,7 +21,7 @@ from dnr_plugin.network.calling import kept_modes, output_difference
 from dnr_plugin.network.cost import count_params, flop_report
 from dnr_plugin.network.dependencies import build_graph
 from dnr_plugin.pruning import plan as planning
-from dnr_plugin.pruning.groups import Limits
+from dnr_plugin.pruning.layers import Limits
 from dnr_plugin.pruning.plan import Plan, check_target, plan_removal, reachable
 from dnr_plugin.pruning.removal import prune_neurons
 from dnr_plugin.pruning.targets import TARGETS, baseline, target_of

@@ -17,7 +17,8 @@ from torch_pruning.pruner.importance import ActivationImportance, FPGMImportance
 from dnr_plugin.network.calling import kept_modes
 from dnr_plugin.network.dependencies import build_graph
 from dnr_plugin.observation.history import NeuronHistory
-from dnr_plugin.pruning.groups import Limits, prunable_layers
+from dnr_plugin.pruning.groups import prunable_layers
+from dnr_plugin.pruning.layers import Limits
 from dnr_plugin.recipe.sections import ObserveOptions
 from dnr_plugin.scoring.importance import DyingNeuronImportance
 from dnr_plugin.scoring.scores import SCORES

@@ -1,0 +1,103 @@
+"""A model made ready to be looked at: what Torch-Pruning cannot follow in its autograd graph stands aside meanwhile.
+
+Nothing works in place, outputs that are views are copied, and what acts on each element by itself is no layer of
+channels. So the graph holds the layers that a prune has to change, and no others.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from dnr_plugin.network.kinds import Recurrent, kind_of
+
+
+@contextlib.contextmanager
+def prepared(model: nn.Module) -> Iterator[None]:
+    """Lets stand-ins run in a model while it is traced; afterwards all is as it was.
+
+    - modules with ``inplace`` set work out of place: an operation in place rewrites the history of what it changes;
+    - the output of InstanceNorm, a view, is copied: what works in place behind it would take the norm out of the graph;
+    - a PReLU with one slope for all channels is a LeakyReLU: Torch-Pruning takes it for a layer of one channel;
+    - a recurrent layer is one product with its input, not a loop over time.
+    """
+    in_place = [module for module in model.modules() if getattr(module, "inplace", False) is True]
+    forwards: list[nn.Module] = []
+    swapped: list[tuple[nn.Module, str, nn.Module]] = []
+    try:
+        for module in in_place:
+            module.inplace = False  # type: ignore[assignment]
+        for module in [*model.modules()]:
+            kind = kind_of(module)
+            if isinstance(module, nn.modules.instancenorm._InstanceNorm) and kind.stock:
+                module.__dict__["forward"] = Tensor.clone
+                forwards.append(module)
+            elif isinstance(kind, Recurrent) and kind.stock:
+                module.__dict__["forward"] = kind.stand_in
+                forwards.append(module)
+            for name, child in module._modules.items():
+                if isinstance(child, nn.PReLU) and child.num_parameters == 1:
+                    swapped.append((module, name, child))
+                    module._modules[name] = nn.LeakyReLU(float(child.weight.detach()))
+        yield
+    finally:
+        for module in in_place:
+            module.inplace = True  # type: ignore[assignment]
+        for module in forwards:
+            del module.__dict__["forward"]
+        for module, name, child in swapped:
+            module._modules[name] = child
+
+
+@contextlib.contextmanager
+def transparent_norms(model: nn.Module, *, batch: bool = False) -> Iterator[None]:
+    """Lets the norms that mix channels hand on what they get, so that channels can be told apart behind them.
+
+    Args:
+        model: with LayerNorm, GroupNorm and RMSNorm of torch's own.
+        batch: whether BatchNorm, InstanceNorm and dropout do so as well, which in train mode mix samples or draw.
+    """
+    types: tuple[type[nn.Module], ...] = (nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm)
+    types += (nn.RMSNorm,) if hasattr(nn, "RMSNorm") else ()
+    if batch:
+        types += (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd)
+    norms = [module for module in model.modules() if isinstance(module, types) and kind_of(module).stock]
+    try:
+        for module in norms:
+            module.__dict__["forward"] = Tensor.clone
+        yield
+    finally:
+        for module in norms:
+            module.__dict__.pop("forward", None)
+
+
+class OutOfTime(Exception):
+    """What should have ended did not."""
+
+
+@contextlib.contextmanager
+def at_most(seconds: float) -> Iterator[None]:
+    """Ends with `OutOfTime` what runs longer inside, where it is Python that runs."""
+    thread, lock, state = threading.get_ident(), threading.Lock(), {"inside": True}
+    raise_in: Any = ctypes.pythonapi.PyThreadState_SetAsyncExc
+
+    def stop() -> None:
+        with lock:
+            if state["inside"]:
+                raise_in(ctypes.c_ulong(thread), ctypes.py_object(OutOfTime))
+
+    timer = threading.Timer(seconds, stop)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        with lock:
+            state["inside"] = False
+            raise_in(ctypes.c_ulong(thread), None)  # one that is on its way still
+        timer.cancel()
