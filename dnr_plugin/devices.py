@@ -24,7 +24,7 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def placed(model: nn.Module, device: torch.device) -> nn.Module:
+def to_device(model: nn.Module, device: torch.device) -> nn.Module:
     """The model on a device, on a GPU in the memory layout its convolutions are fast in."""
     if device.type == "cuda":
         return model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]

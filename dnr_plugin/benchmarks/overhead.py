@@ -17,7 +17,7 @@ import torch.nn.functional as F
 import torch_pruning as tp
 from torch import Tensor
 
-from dnr_plugin.devices import device_name, pick_device, placed, versions
+from dnr_plugin.devices import device_name, pick_device, to_device, versions
 from dnr_plugin.models.build import build_model
 from dnr_plugin.observation.observer import Observer
 from dnr_plugin.pruning.plan import plan_removal
@@ -47,7 +47,7 @@ def overhead(
     """
     place = pick_device(device)
     torch.manual_seed(seed)
-    model = placed(build_model(ModelOptions(name="resnet18", width=width), 10), place)
+    model = to_device(build_model(ModelOptions(name="resnet18", width=width), 10), place)
     images, labels = torch.randn(batch, 3, 32, 32, device=place), torch.randint(0, 10, (batch,), device=place)
 
     def clock(work: Callable[[], object]) -> float:
@@ -136,7 +136,7 @@ def costs(*, width: int = 64, images: int = 256, side: int = 32, device: str = "
     place = pick_device(device)
     torch.manual_seed(seed)
     stem: Any = "imagenet" if side > 64 else "cifar"
-    model = placed(build_model(ModelOptions(name="resnet18", width=width, stem=stem), 10), place).eval()
+    model = to_device(build_model(ModelOptions(name="resnet18", width=width, stem=stem), 10), place).eval()
     model.to(memory_format=torch.channels_last)  # faster on CPU and GPU alike
     batches = [torch.randn(min(32, images - k), 3, side, side, device=place) for k in range(0, images, 32)]
     example = batches[0][:1]

@@ -161,12 +161,12 @@ class Policy:
 
     def _dying(self, layers: Sequence[Layer], histories: Histories) -> dict[str, Tensor]:
         """Neurons that go as the dead ones do: of low entropy, and falling unless they are candidates already."""
-        found = {}
+        dying = {}
         for layer in layers:
             history = histories[layer.name]
             low = history.entropy <= (-1.0 if self.dying_entropy is None else self.dying_entropy)
-            found[layer.name] = low & (history.falling | history.candidates)
-        return found
+            dying[layer.name] = low & (history.falling | history.candidates)
+        return dying
 
     def _share(self, number: int) -> float:
         """The share of what the target measures that is to be gone by a check; all of it at the last nomination."""
@@ -176,7 +176,14 @@ class Policy:
 
 
 def lowest(layer: Layer, marked: Tensor, most: int, scores: Tensor) -> Tensor:
-    """Of marked neurons, in whole offsets, the ``most`` lowest in score; bool, shape [size]."""
+    """Of marked neurons, in whole offsets, the ``most`` lowest in score; bool, shape [size].
+
+    Args:
+        layer: of the neurons.
+        marked: bool, shape [size]; an offset counts where it is marked in any block.
+        most: offsets at most.
+        scores: of the neurons, shape [size]; averaged over blocks.
+    """
     offsets = marked.view(layer.blocks, -1).any(0).nonzero().flatten()
     order = scores.view(layer.blocks, -1).mean(0)[offsets].argsort(stable=True)
     taken = torch.zeros_like(marked)

@@ -86,7 +86,7 @@ def uses(group: tp.dependency.Group) -> list[Use]:
         LookupError: Torch-Pruning lost track of which root index a channel belongs to.
     """
     position = {root: k for k, root in enumerate(group[0].idxs)}
-    found = []
+    consumers = []
     for item in group.items:
         dep, channels = item
         module = dep.target.module
@@ -97,8 +97,8 @@ def uses(group: tp.dependency.Group) -> list[Use]:
         if any(root is None for root in item.root_idxs):
             raise LookupError("Torch-Pruning does not say which neuron each of its input channels belongs to")
         neurons = [position[root] for root in item.root_idxs]
-        found.append(Use(module, torch.tensor(channels), torch.tensor(neurons)))
-    return found
+        consumers.append(Use(module, torch.tensor(channels), torch.tensor(neurons)))
+    return consumers
 
 
 def channel_groups(group: tp.dependency.Group) -> int:
@@ -129,6 +129,10 @@ def output_layers(model: nn.Module, example_inputs: Any) -> set[nn.Module]:
 
     The classifier, and any feature map that the model returns as well. Found by cutting the autograd graph at every
     consumer's input: only what is left connected to the outputs still receives a gradient.
+
+    Args:
+        model: in any mode; run once in eval mode.
+        example_inputs: as Torch-Pruning takes them.
 
     Raises:
         InputError: the model returns no tensor.

@@ -39,14 +39,24 @@ class Limits:
 
 @dataclass
 class Layer:
-    """A dependency group, and the portions in which it may shrink."""
+    """A dependency group, and the portions in which it may shrink.
+
+    Attributes:
+        name: of its root layer.
+        group: with all indices.
+        size: neurons now.
+        blocks: equal channel groups that stay equally wide.
+        first: neurons in the dense model.
+        portions: offsets taken by each removal step, in order.
+        effect: (module name, "in" or "out") -> channels that go with one neuron (`cost_model.effect_per_neuron`).
+    """
 
     name: str
     group: tp.dependency.Group
-    size: int  # neurons now
+    size: int
     blocks: int
-    first: int  # neurons in the dense model
-    portions: list[int]  # offsets taken by each removal step, in order
+    first: int
+    portions: list[int]
     effect: dict[tuple[str, str], float]
 
     def neurons(self, offsets: Sequence[int]) -> list[int]:
@@ -173,7 +183,7 @@ def _divides(group: tp.dependency.Group, blocks: int) -> bool:
 
 def _ignored(model: nn.Module, patterns: Sequence[str]) -> set[nn.Module]:
     names = [name for name, _ in model.named_modules() if name]
-    found: set[nn.Module] = set()
+    ignored: set[nn.Module] = set()
     for pattern in patterns:
         matched = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
         if not matched:
@@ -182,12 +192,12 @@ def _ignored(model: nn.Module, patterns: Sequence[str]) -> set[nn.Module]:
                 f"{did_you_mean(pattern, names)}"
             )
         for name in matched:
-            found.update(model.get_submodule(name).modules())
-    return found
+            ignored.update(model.get_submodule(name).modules())
+    return ignored
 
 
 def _portions(offsets: int, first: int, blocks: int, limits: Limits) -> list[int]:
-    """How many offsets each removal step takes, until what must stay is left."""
+    """How many offsets each removal step takes, until what must stay remains."""
     multiple = limits.round_to // math.gcd(limits.round_to, blocks) if limits.round_to else 1
     floor = max(limits.min_channels, math.ceil(first * (1.0 - limits.max_pruning_ratio) - 1e-9), 1)
     portions: list[int] = []

@@ -20,7 +20,14 @@ from dnr_plugin.pruning.groups import Limits, Survey
 
 @dataclass(frozen=True)
 class Baseline:
-    """The dense model that targets refer to, also when removal goes on in later steps."""
+    """The dense model that targets refer to, also when removal goes on in later steps.
+
+    Attributes:
+        report: its FLOPs and parameters.
+        neurons: hidden neurons.
+        sizes: root layer -> neurons.
+        model: a copy of it, where latency is measured against it.
+    """
 
     report: FlopReport
     neurons: int
@@ -39,10 +46,10 @@ def baseline(
         keep_model: keep a copy, which a latency target is measured against.
         survey: of the model; made here by default.
     """
-    found = (survey or Survey(model, example_inputs)).within(Limits(), {})
+    prunable = (survey or Survey(model, example_inputs)).within(Limits(), {})
     kept = copy.deepcopy(model) if keep_model else None
-    sizes = {layer.name: layer.size for layer in found.layers}
-    return Baseline(flop_report(model, example_inputs), found.neurons, sizes, kept)
+    sizes = {layer.name: layer.size for layer in prunable.layers}
+    return Baseline(flop_report(model, example_inputs), prunable.neurons, sizes, kept)
 
 
 class Target(ABC):
@@ -72,7 +79,15 @@ class Target(ABC):
 
     @abstractmethod
     def measure(self, flops: float, params: float, neurons: int, dense: Baseline) -> float:
-        """The measure for a model of so many FLOPs, parameters and hidden neurons."""
+        """The measure for a model of so many FLOPs, parameters and hidden neurons.
+
+        Args:
+            flops, params, neurons: of the model, however narrow by now; FLOPs for one sample.
+            dense: what they are compared with.
+
+        Returns:
+            A share, in [0, 1].
+        """
 
     def saved(self, flops: float, params: float) -> float:
         """What weighs against a neuron's score where its removal saves so many FLOPs and parameters."""
@@ -188,6 +203,10 @@ TARGETS: dict[str, type[Target]] = {
 
 def target_of(kind: str, value: float) -> Target:
     """A target by name.
+
+    Args:
+        kind: one of `TARGETS`.
+        value: of its measure.
 
     Raises:
         ValueError: there is none of this name.

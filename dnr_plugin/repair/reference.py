@@ -16,7 +16,8 @@ from dnr_plugin.network.flow import Calls, Site, trace_sites
 from dnr_plugin.network.kinds import consumer, kind_of
 from dnr_plugin.repair.places import CHUNK, Places
 
-_EACH, _PER_UNKNOWN = 16, 1.5  # places of each image, and for each weight of an output, at which layers are compared
+# Places of each image, and for each weight of an output, at which layers are compared.
+_PER_IMAGE, _PER_UNKNOWN = 16, 1.5
 
 
 class Reference:
@@ -33,6 +34,9 @@ class Reference:
         memory: bytes of the largest output of a layer, and of what is read of one. A pruned model runs on all images
             at once.
         seed: draws the places.
+
+    Raises:
+        InputError: there is no image.
     """
 
     @torch.no_grad()
@@ -53,14 +57,14 @@ class Reference:
         modules = {name: module for module, name in module_names(dense).items()}
         self.rows, self.memory = rows, memory
         count = len(self.images)
-        self.places = {name: Places(f"{seed} {name}", self._each(modules[name]), count) for name in self.sites}
+        self.places = {name: Places(f"{seed} {name}", self._per_image(modules[name]), count) for name in self.sites}
         fitted = {name: site for name, site in self.sites.items() if kind_of(modules[name]).unrepaired is None}
         self.targets = _targets(dense, fitted, self.places, self.images)
 
-    def _each(self, module: nn.Module) -> int:
+    def _per_image(self, module: nn.Module) -> int:
         """Places of an image at which a layer is compared."""
         count, unknowns = len(self.images), max(1, kind_of(module).unknowns)
-        default = max(min(_EACH * count, self.memory // (4 * unknowns)), round(_PER_UNKNOWN * unknowns))
+        default = max(min(_PER_IMAGE * count, self.memory // (4 * unknowns)), round(_PER_UNKNOWN * unknowns))
         return max(1, (self.rows or default) // count)
 
     def at(self, name: str, module: nn.Module) -> tuple[Places, Tensor]:
@@ -70,22 +74,22 @@ class Reference:
         """
         places, targets = self.places[name], self.targets[name]
         there = copy.copy(places)
-        there.each = min(places.each, self._each(module))
-        return there, targets.view(len(self.images), -1, targets.shape[1])[:, : there.each].flatten(0, 1)
+        there.per_image = min(places.per_image, self._per_image(module))
+        return there, targets.view(len(self.images), -1, targets.shape[1])[:, : there.per_image].flatten(0, 1)
 
 
 def _some(batches: Iterable[Tensor], most: int) -> Tensor:
     """The first images, at most so many, but one batch at least of 64."""
-    found: list[Tensor] = []
-    left = max(most, CHUNK)
+    taken: list[Tensor] = []
+    remaining = max(most, CHUNK)
     for batch in batches:
-        found.append(batch[:left])
-        left -= len(found[-1])
-        if left == 0:
+        taken.append(batch[:remaining])
+        remaining -= len(taken[-1])
+        if remaining == 0:
             break
-    if not found:
+    if not taken:
         raise InputError("images: expected at least one batch, found none")
-    return torch.cat(found)
+    return torch.cat(taken)
 
 
 def _targets(
@@ -93,13 +97,13 @@ def _targets(
 ) -> dict[str, Tensor]:
     """What each layer should give, in the dense network: rows of all images, [R, out]."""
     modules = {name: module for module, name in module_names(dense).items()}
-    found: dict[str, list[Tensor]] = {name: [] for name in sites}
+    goals: dict[str, list[Tensor]] = {name: [] for name in sites}
     first = 0
 
     def read(name: str, output: Tensor) -> None:
         values = consumer(modules[name]).by_channel(output)
         places[name].positions = values.shape[2]
-        found[name].append(places[name].pick(values, first))
+        goals[name].append(places[name].pick(values, first))
 
     wanted: dict[int, Callable[[Tensor], None]] = {}
     handles = []
@@ -128,4 +132,4 @@ def _targets(
     finally:
         for handle in handles:
             handle.remove()
-    return {name: torch.cat(rows) for name, rows in found.items() if rows}
+    return {name: torch.cat(rows) for name, rows in goals.items() if rows}
