@@ -42,7 +42,7 @@ def first_line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-def did_you_mean(found: str, known: Iterable[str]) -> str:
+def did_you_mean(given: str, known: Iterable[str]) -> str:
     """``"; did you mean 'x'?"`` for the nearest known name, or an empty string where none is near."""
-    near = difflib.get_close_matches(found, list(known), n=1, cutoff=0.6)
+    near = difflib.get_close_matches(given, list(known), n=1, cutoff=0.6)
     return f"; did you mean {near[0]!r}?" if near else ""

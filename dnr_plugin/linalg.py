@@ -48,12 +48,12 @@ def factor(moments: Tensor, damping: float) -> Tensor:
         RunError: they are not finite.
     """
     size = float(moments.diagonal().abs().mean()) if len(moments) else 0.0
-    found: Tensor
+    lower: Tensor
     for _ in range(20 if math.isfinite(size) else 0):
         damped = moments.clone()
         damped.diagonal().add_(damping * size + TINY)
-        found, failed = torch.linalg.cholesky_ex(damped)
+        lower, failed = torch.linalg.cholesky_ex(damped)
         if not failed:
-            return found
+            return lower
         damping *= 10.0
     raise RunError("second moments: expected finite ones, found others: activations are too large for float32")

@@ -47,7 +47,7 @@ def overhead(
     """
     place = pick_device(device)
     torch.manual_seed(seed)
-    model = placed(build_model(ModelOptions(name="resnet18", width=width), 10), place)
+    model = to_device(build_model(ModelOptions(name="resnet18", width=width), 10), place)
     images, labels = torch.randn(batch, 3, 32, 32, device=place), torch.randint(0, 10, (batch,), device=place)
 
     def clock(work: Callable[[], object]) -> float:

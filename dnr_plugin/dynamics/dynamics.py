@@ -222,8 +222,8 @@ class DyingNeuronDynamics:
         self.checks += 1
         # from here on the network is traced and copied, which is not for hooks to see
         self._zeros.clear()
-        found = prunable_layers(self.model, self.example, self.limits, self.dense.sizes)
-        layers, self.skipped = found.layers, found.skipped
+        prunable = prunable_layers(self.model, self.example, self.limits, self.dense.sizes)
+        layers, self.skipped = prunable.layers, prunable.skipped
         changed: dict[str, tuple[Tensor, Tensor]] = {}
         zero: dict[str, Tensor] = {}
         for layer in layers:
@@ -260,9 +260,9 @@ class DyingNeuronDynamics:
         self._number = self._step // self.when.check_every
         self._next = (self._number + 1) * self.when.check_every
         for k, row in enumerate(rows):
-            gone, left = len(removed.get(row.layer, ())), int(self.histories[row.layer].candidates.sum())
-            restored = waiting[row.layer] + row.nominated - gone - left
-            rows[k] = dataclasses.replace(row, candidates=left, restored=restored, removed=gone)
+            gone, candidates = len(removed.get(row.layer, ())), int(self.histories[row.layer].candidates.sum())
+            restored = waiting[row.layer] + row.nominated - gone - candidates
+            rows[k] = dataclasses.replace(row, candidates=candidates, restored=restored, removed=gone)
         return Check(self.checks, self._step, rows, removed, exact, difference, time.perf_counter() - start)
 
     def _judge(self) -> None:

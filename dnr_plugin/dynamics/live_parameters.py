@@ -20,17 +20,17 @@ def live_factors(dead: Mapping[str, Tensor], layers: Mapping[str, Layer]) -> dic
         dead: root layer -> bool, shape [n].
         layers: the same root layers, as the network is now.
     """
-    found: dict[Tensor, Tensor] = {}
+    factors: dict[Tensor, Tensor] = {}
     for name, which in dead.items():
         for parameter, factor in _of_layer(layers[name], which).items():
-            known = found.get(parameter)  # of another layer, as for a BatchNorm behind a concatenation
-            found[parameter] = factor if known is None else known * factor
-    return found
+            known = factors.get(parameter)  # of another layer, as for a BatchNorm behind a concatenation
+            factors[parameter] = factor if known is None else known * factor
+    return factors
 
 
 def _of_layer(layer: Layer, dead: Tensor) -> dict[Tensor, Tensor]:
     graph = layer.group._DG
-    found: dict[Tensor, Tensor] = {}
+    factors: dict[Tensor, Tensor] = {}
     for item in layer.group.items:
         module = item.dep.target.module
         if not isinstance(module, nn.Module) or not graph.is_out_channel_pruning_fn(item.dep.handler):
@@ -44,5 +44,5 @@ def _of_layer(layer: Layer, dead: Tensor) -> dict[Tensor, Tensor]:
             shape = [1] * parameter.dim()
             shape[dim] = parameter.shape[dim]
             factor = torch.ones(shape, dtype=parameter.dtype, device=parameter.device)
-            found[parameter] = factor.index_fill_(dim, out.to(parameter.device), 0.0)
-    return found
+            factors[parameter] = factor.index_fill_(dim, out.to(parameter.device), 0.0)
+    return factors

@@ -167,12 +167,12 @@ class Policy:
 
     def _dying(self, layers: Sequence[Layer], histories: Histories) -> dict[str, Tensor]:
         """Neurons that go as the dead ones do: of low entropy, and falling unless they are candidates already."""
-        found = {}
+        dying = {}
         for layer in layers:
             history = histories[layer.name]
             low = history.entropy <= (-1.0 if self.dying_entropy is None else self.dying_entropy)
-            found[layer.name] = low & (history.falling | history.candidates)
-        return found
+            dying[layer.name] = low & (history.falling | history.candidates)
+        return dying
 
     def _share(self, number: int) -> float:
         """The share of what the target measures that is to be gone by a check; all of it at the last nomination."""

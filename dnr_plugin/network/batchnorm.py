@@ -78,8 +78,20 @@ def recalibrate_batchnorm(model: nn.Module, loader: Iterable[Any], batches: int 
     return batches
 
 
-def place_of_constant(graph: tp.DependencyGraph, module: nn.Module) -> Tensor | str:
-    """What takes a shift of a consumer's outputs: its bias, else the following BatchNorm's mean, else why not."""
+def constant_absorber(graph: tp.DependencyGraph, module: nn.Module) -> Tensor | str:
+    """What absorbs a constant shift of a consumer's outputs.
+
+    Args:
+        graph: of the model.
+        module: the consumer.
+
+    Returns:
+        Its bias, to which a shift is added; else the running mean of the BatchNorm behind it, from which a shift is
+        taken off; else why there is neither.
+
+    Raises:
+        TypeError: the module is no consumer.
+    """
     reason = consumer(module).no_constant
     if reason is not None:
         return reason

@@ -213,7 +213,14 @@ class Pausable:
 
 
 def output_difference(before: Sequence[Tensor], after: Sequence[Tensor]) -> tuple[float, float]:
-    """Largest absolute difference of outputs, and the same relative to the largest output."""
+    """Largest difference of outputs.
+
+    Args:
+        before, after: tensors of a model's output, in order, of the same shapes.
+
+    Returns:
+        The largest absolute difference, and the same relative to the largest absolute output before; both >= 0.
+    """
     absolute = max(float((a.double() - b.double()).abs().max()) for a, b in zip(before, after, strict=True))
     largest = max(float(a.double().abs().max()) for a in before)
     return absolute, absolute / largest if largest > 0 else absolute

@@ -298,6 +298,10 @@ def output_layers(model: nn.Module, example_inputs: Any) -> set[nn.Module]:
     The classifier, and any feature map that the model returns as well. Found by cutting the autograd graph at every
     consumer's input: only what is left connected to the outputs still receives a gradient.
 
+    Args:
+        model: in any mode; run once in eval mode.
+        example_inputs: as Torch-Pruning takes them.
+
     Raises:
         InputError: the model returns no tensor.
     """

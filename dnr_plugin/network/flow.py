@@ -115,8 +115,8 @@ class _Trace(Calls):
         self.first: dict[str, _Value] = {}
 
     def value(self, tensor: Any) -> _Value | None:
-        found = self.values.get(id(tensor))
-        return found if found is not None and found.tensor() is tensor else None
+        known = self.values.get(id(tensor))
+        return known if known is not None and known.tensor() is tensor else None
 
     def follow(self, tensor: Tensor, consumer: str, passed: bool = False) -> _Value:
         self.values[id(tensor)] = value = _Value(tensor, consumer, passed)
@@ -147,8 +147,8 @@ class _Trace(Calls):
         if not values or operands[0].shape != operands[1].shape:
             self.values.pop(id(result), None)
             return
-        value, place = max(values, key=lambda pair: self.started[pair[0].consumer])
-        other = operands[1 - place]
+        value, index = max(values, key=lambda pair: self.started[pair[0].consumer])
+        other = operands[1 - index]
         reference, number = self.made.get(id(other), (None, -1))
         if reference is None or reference() is not other or number >= self.started[value.consumer]:
             self.values.pop(id(result), None)

@@ -308,6 +308,8 @@ class Norm(Kind):
 
 
 class GroupNorm(Kind):
+    """``nn.GroupNorm``: each group is normalised together, so that all must stay equally wide."""
+
     @property
     def channels(self) -> tuple[int, int]:
         return int(self.module.num_channels), int(self.module.num_channels)
@@ -322,6 +324,8 @@ class GroupNorm(Kind):
 
 
 class LayerNorm(Kind):
+    """``nn.LayerNorm``; the last dimension holds the channels."""
+
     @property
     def channels(self) -> tuple[int, int]:
         return int(self.module.normalized_shape[-1]), int(self.module.normalized_shape[-1])
@@ -399,5 +403,5 @@ def _wide(weight: Tensor) -> Tensor:
 
 def _norm(weight: Tensor, dim: int | tuple[int, ...]) -> Tensor:  # a 16-bit sum would make many neurons tie
     wide = weight if weight.element_size() >= 4 else weight.float()
-    found: Tensor = torch.linalg.vector_norm(wide, dim=dim)
-    return found.double()
+    norms: Tensor = torch.linalg.vector_norm(wide, dim=dim)
+    return norms.double()

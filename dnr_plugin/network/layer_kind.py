@@ -92,11 +92,19 @@ class Consumer(Kind):
         return 1
 
     def features(self, most: int) -> int:
-        """Values of a channel that second moments keep apart: the taps, where there are at most so many in all."""
+        """Values of a channel that second moments keep apart: the taps, where there are at most so many in all.
+
+        Args:
+            most: values of all channels together, >= 1.
+        """
         return 1
 
     def rows(self, a: Tensor, places: Tensor) -> Tensor:
-        """What the weights of an output are multiplied with, at some positions of the output, shape [K].
+        """What the weights of an output are multiplied with, at some positions of the output.
+
+        Args:
+            a: an input.
+            places: flat positions of the output, shape [K], int64.
 
         Returns:
             Shape [N * K, in * taps], in the order of the weights; the places of one sample next to each other.
@@ -120,7 +128,12 @@ class Consumer(Kind):
         raise NotImplementedError
 
     def assign(self, each: int, matrices: Sequence[Tensor]) -> None:
-        """The reverse of `matrices`."""
+        """The reverse of `matrices`: changes the weights in place.
+
+        Args:
+            each: features of a channel (`features`).
+            matrices: float64, in the shapes that `matrices` gives.
+        """
         raise NotImplementedError
 
     def norms(self) -> Tensor:
@@ -128,7 +141,13 @@ class Consumer(Kind):
         raise NotImplementedError
 
     def run(self, a: Tensor, weights: Tensor, constants: Tensor) -> Tensor:
-        """What comes out of an input with other weights and constants, shape [out, in * taps] and [out]."""
+        """What comes out of an input with other weights and constants.
+
+        Args:
+            a: an input.
+            weights: shape [out, in * taps].
+            constants: shape [out].
+        """
         raise NotImplementedError
 
     @property

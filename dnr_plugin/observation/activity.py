@@ -143,7 +143,11 @@ class Activity:
         return batch
 
     def merge(self, other: Activity) -> None:
-        """Adds the statistics of other samples of the same channels, as if both had been seen here."""
+        """Adds the statistics of other samples of the same channels, as if both had been seen here.
+
+        Raises:
+            ValueError: the other has another threshold, or other bins or channels.
+        """
         if (self.threshold, self.bins, self.channels) != (other.threshold, other.bins, other.channels):
             raise ValueError("only activities with the same threshold, bins and channels can be merged")
         self.samples += other.samples

@@ -81,10 +81,10 @@ class NeuronHistory:
         return died, reactivated
 
     def without(self, gone: Iterable[int]) -> Tensor:
-        """Indices of the neurons that are left once these go, ascending."""
-        left = torch.ones(len(self.dead), dtype=torch.bool)
-        left[list(gone)] = False
-        return left.nonzero().flatten()
+        """Indices of the neurons that remain once these go, ascending."""
+        remaining = torch.ones(len(self.dead), dtype=torch.bool)
+        remaining[list(gone)] = False
+        return remaining.nonzero().flatten()
 
     def keep(self, neurons: Tensor) -> None:
         """Follows a removal: only these neurons exist from now on, in this order; indices of shape [K]."""
@@ -93,9 +93,9 @@ class NeuronHistory:
 
     def kept(self, neurons: Tensor) -> Self:
         """What `keep` would leave; this history stays as it is."""
-        left = copy.copy(self)
-        left.keep(neurons)
-        return left
+        history = copy.copy(self)
+        history.keep(neurons)
+        return history
 
     def state_dict(self) -> dict[str, Any]:
         """Everything, as tensors and plain numbers."""

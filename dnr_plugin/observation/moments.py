@@ -16,7 +16,8 @@ from dnr_plugin.network.kinds import consumer
 MAX_PATCH = 1152
 # Layers that read more than this have no second moments, which would outgrow memory.
 MAX_FEATURES = 4096
-_FEW, _MANY, _EACH = 512, 2048, 16  # rows that are read of small and of large batches, and of each sample in between
+# Rows that are read of small and of large batches, and of each sample in between.
+_FEW, _MANY, _PER_SAMPLE = 512, 2048, 16
 _ROUNDING = 1e-6  # of sums of float32 products
 
 
@@ -29,23 +30,23 @@ class Moments:
 
     Args:
         channels: C.
-        each: values of a channel that are kept apart (`kinds.Consumer.features`).
+        features: values of a channel that are kept apart (`layer_kind.Consumer.features`).
         device: of the sums.
 
     Attributes:
-        sums: of [x, 1] times itself for each half, float64, shape [2, C * each + 1, C * each + 1].
+        sums: of [x, 1] times itself for each half, float64, shape [2, C * features + 1, C * features + 1].
         batches: seen so far.
     """
 
-    def __init__(self, channels: int, each: int, device: torch.device | str = "cpu") -> None:
-        self.each = each
+    def __init__(self, channels: int, features: int, device: torch.device | str = "cpu") -> None:
+        self.features = features
         self.batches = 0
-        size = channels * each + 1
+        size = channels * features + 1
         self.sums = torch.zeros(2, size, size, dtype=torch.float64, device=device)
 
     @property
     def channels(self) -> int:
-        return (self.sums.shape[1] - 1) // self.each
+        return (self.sums.shape[1] - 1) // self.features
 
     @property
     def rows(self) -> int:
@@ -68,19 +69,19 @@ class Moments:
     def _read(self, module: nn.Module, a: Tensor) -> Tensor:
         generator = torch.Generator().manual_seed(self.batches)
 
-        def places(samples: int, positions: int) -> tuple[slice, Tensor]:
+        def drawn(samples: int, positions: int) -> tuple[slice, Tensor]:
             step = -(-samples // _MANY)
-            rows = min(max(_EACH * samples, _FEW), _MANY)
+            rows = min(max(_PER_SAMPLE * samples, _FEW), _MANY)
             count = max(1, min(positions, rows * step // samples))
             return slice(None, None, step), torch.randperm(positions, generator=generator)[:count]
 
         kind = consumer(module)
-        if self.each > 1:
+        if self.features > 1:
             a = kind.batched(a)
-            which, where = places(len(a), kind.positions(a))
+            which, where = drawn(len(a), kind.positions(a))
             return kind.rows(a[which], where)
         values = kind.by_channel(a)
-        which, where = places(len(values), values.shape[2])
+        which, where = drawn(len(values), values.shape[2])
         return values[which][:, :, where.to(a.device)].transpose(1, 2).flatten(0, 1)
 
     def merged(self, other: Moments) -> Moments:
@@ -91,26 +92,33 @@ class Moments:
 
     def kept(self, channels: Tensor) -> Moments:
         """Of these channels alone, in this order."""
-        features = torch.cat([self.columns(channels).flatten(), torch.tensor([self.sums.shape[1] - 1])])
-        left, features = copy.copy(self), features.to(self.sums.device)
-        left.sums = self.sums[:, features][:, :, features]
-        return left
+        columns = torch.cat([self.columns(channels).flatten(), torch.tensor([self.sums.shape[1] - 1])])
+        kept, columns = copy.copy(self), columns.to(self.sums.device)
+        kept.sums = self.sums[:, columns][:, :, columns]
+        return kept
 
     def state_dict(self) -> dict[str, Any]:
         """Sums on the CPU, and how many batches they are of; a copy, since sums grow in place."""
         return {"sums": self.sums.to("cpu", copy=True), "batches": self.batches}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from what `state_dict` returned, for as many features."""
+        """Goes on from what `state_dict` returned, for as many inputs."""
         self.sums.copy_(state["sums"])
         self.batches = state["batches"]
 
     def columns(self, channels: Tensor) -> Tensor:
-        """Numbers of the features that belong to channels: [K] -> [K, each], int64."""
-        return channels[:, None] * self.each + torch.arange(self.each)
+        """Numbers of the inputs that belong to channels: [K] -> [K, features], int64."""
+        return channels[:, None] * self.features + torch.arange(self.features)
 
     def mean_and_covariance(self, half: int | None = None) -> tuple[Tensor, Tensor]:
-        """Of the features, on the CPU, float64, shapes [F] and [F, F]; of one half, or of both."""
+        """Of the inputs, features apart, on the CPU.
+
+        Args:
+            half: 0 or 1, of the batches; None for both together.
+
+        Returns:
+            Float64, shapes [F] and [F, F], F = C * features.
+        """
         sums = (self.sums.sum(0) if half is None else self.sums[half]).cpu()
         second = sums / sums[-1, -1].clamp_min(1.0)
         mean = second[:-1, -1]

@@ -177,9 +177,9 @@ class Observer(Pausable):
         kind = consumer(module)
         channels, _ = kind.channels
         activity = Activity(channels, threshold=self.threshold, share=self.share, bins=self.bins, device=device)
-        each = kind.features(MAX_PATCH)
-        if self.moments and channels * each <= MAX_FEATURES:
-            activity.moments = Moments(channels, each, device)
+        features = kind.features(MAX_PATCH)
+        if self.moments and channels * features <= MAX_FEATURES:
+            activity.moments = Moments(channels, features, device)
         return activity
 
     def _read(self, name: str, module: nn.Module, a: Tensor) -> None:

@@ -31,7 +31,7 @@ class _Layer:
     gone: list[float]
 
     def cost(self) -> tuple[float, float]:
-        """(FLOPs, parameters) with the channels that are left."""
+        """(FLOPs, parameters) with the channels that remain."""
         kept_in, kept_out = (1 - gone / total for gone, total in zip(self.gone, self.first, strict=True))
         scale = {"product": kept_in * kept_out, "square": kept_out**2, "linear": kept_out}[self.scaling]
         return self.flops * scale, self.matrix * scale + self.vector * kept_out
@@ -64,7 +64,11 @@ class CostModel:
             self._layers.setdefault(f"parameter {name}", _Layer(0, 0, parameter.numel(), "linear", (1, 1), [0.0, 0.0]))
 
     def remove(self, effect: Effect) -> None:
-        """Takes channels away from the sides of layers."""
+        """Takes channels away from the sides of layers.
+
+        Args:
+            effect: (module name, "in" or "out") -> channels that go.
+        """
         for (name, side), count in effect.items():
             layer = self._layers[name]
             flops, params = layer.cost()

@@ -120,11 +120,11 @@ def remove_dead_neurons(
             skipped.append((layer.name, f"{unread} of its neurons are read by no layer that could be observed"))
         found = verdict.dead | verdict.constant
         dead += int(verdict.dead.sum())
-        if not found.any():
+        if not dead_or_constant.any():
             continue
         reason = inexact_reason(layer.group)
         if reason is not None:
-            left.append((layer.name, int(found.sum()), f"removal is not exact: {reason}"))
+            left.append((layer.name, int(dead_or_constant.sum()), f"removal is not exact: {reason}"))
             continue
         foldable = all(can_fold(layer.group._DG, e.use.module) for e in importance.evidence(layer.group))
         exact = verdict.zero | (verdict.constant if foldable else torch.zeros_like(verdict.zero))

@@ -8,7 +8,7 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from dnr_plugin.network.batchnorm import place_of_constant
+from dnr_plugin.network.batchnorm import constant_absorber
 from dnr_plugin.network.kinds import consumer
 from dnr_plugin.scoring.evidence import Evidence
 
@@ -30,24 +30,24 @@ def fold_means(graph: tp.DependencyGraph, evidence: Sequence[Evidence]) -> list[
     """
     done = []
     for e in evidence:
-        place = place_of_constant(graph, e.use.module)
-        if isinstance(place, Tensor):
+        absorber = constant_absorber(graph, e.use.module)
+        if isinstance(absorber, Tensor):
             with torch.no_grad():
-                shift = _shift(e).to(place.device, torch.float64)
-                sign = 1.0 if place is e.use.module.bias else -1.0
-                place.copy_(place.double() + sign * shift)
-            what = "bias" if place is e.use.module.bias else "BatchNorm"
+                shift = _shift(e).to(absorber.device, torch.float64)
+                sign = 1.0 if absorber is e.use.module.bias else -1.0
+                absorber.copy_(absorber.double() + sign * shift)
+            what = "bias" if absorber is e.use.module.bias else "BatchNorm"
         else:
-            what = place
+            what = absorber
         done.append(
-            (type(e.use.module).__name__, what, isinstance(place, Tensor) and consumer(e.use.module).folds_exactly)
+            (type(e.use.module).__name__, what, isinstance(absorber, Tensor) and consumer(e.use.module).folds_exactly)
         )
     return done
 
 
 def can_fold(graph: tp.DependencyGraph, module: nn.Module) -> bool:
     """Whether a constant input channel of this consumer can be folded away without changing any output."""
-    return isinstance(place_of_constant(graph, module), Tensor) and consumer(module).folds_exactly
+    return isinstance(constant_absorber(graph, module), Tensor) and consumer(module).folds_exactly
 
 
 def _shift(evidence: Evidence) -> Tensor:

@@ -166,7 +166,7 @@ def _inside(module: nn.Module, names: Mapping[nn.Module, str]) -> bool:
 
 def _ignored(model: nn.Module, patterns: Sequence[str]) -> set[nn.Module]:
     names = [name for name, _ in model.named_modules() if name]
-    found: set[nn.Module] = set()
+    ignored: set[nn.Module] = set()
     for pattern in patterns:
         matched = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
         if not matched:

@@ -10,13 +10,29 @@ from collections.abc import Iterable
 
 
 def renumbered(neurons: Iterable[int], gone: Iterable[int]) -> list[int]:
-    """Numbers that neurons have once others of their layer are gone; those that are gone themselves are left out."""
+    """Numbers that neurons have once others of their layer are gone.
+
+    Args:
+        neurons: numbers before, in any order.
+        gone: numbers before of those that go.
+
+    Returns:
+        In the order of ``neurons``, without those that are gone themselves.
+    """
     removed = sorted(gone)
     return [n - sum(g < n for g in removed) for n in neurons if n not in removed]
 
 
 def original_numbers(neurons: Iterable[int], gone: Iterable[int]) -> list[int]:
-    """Numbers that neurons had before others of their layer were gone: the reverse of `renumbered`."""
+    """Numbers that neurons had before others of their layer were gone: the reverse of `renumbered`.
+
+    Args:
+        neurons: numbers after, in any order.
+        gone: numbers before of those that went.
+
+    Returns:
+        In the order of ``neurons``.
+    """
     removed = sorted(gone)
     numbers = []
     for number in neurons:

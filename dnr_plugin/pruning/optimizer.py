@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 # Dimension of a parameter -> the indices that were kept of it.
-Kept = dict[int, Tensor]
+KeptIndices = dict[int, Tensor]
 
 
 class _Selections(TorchFunctionMode):
@@ -24,7 +24,7 @@ class _Selections(TorchFunctionMode):
     def __init__(self, parameters: list[nn.Parameter]) -> None:
         super().__init__()
         # by address: a Parameter shares it with the tensor it was made from; both are held here, so none is reused
-        self.known: dict[int, tuple[Tensor, Tensor, Kept]] = {p.data_ptr(): (p, p, {}) for p in parameters}
+        self.known: dict[int, tuple[Tensor, Tensor, KeptIndices]] = {p.data_ptr(): (p, p, {}) for p in parameters}
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -70,7 +70,7 @@ def follow_optimizer(optimizer: torch.optim.Optimizer | None, model: nn.Module) 
     finally:
         after = dict(model.named_parameters())
         foreign: list[str] = []
-        replaced: dict[Tensor, tuple[nn.Parameter, Kept]] = {}
+        replaced: dict[Tensor, tuple[nn.Parameter, KeptIndices]] = {}
         for name, old in before.items():
             new = after.get(name)
             if new is None or new is old:
@@ -89,7 +89,7 @@ def follow_optimizer(optimizer: torch.optim.Optimizer | None, model: nn.Module) 
             )
 
 
-def _selected(value: Tensor, kept: Kept) -> Tensor:
+def _selected(value: Tensor, kept: KeptIndices) -> Tensor:
     for dim, indices in kept.items():
         value = value.index_select(dim, indices.to(value.device))
     return value
@@ -105,7 +105,7 @@ def _check(optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter]
                 )
 
 
-def _replace(optimizer: torch.optim.Optimizer, replaced: dict[Tensor, tuple[nn.Parameter, Kept]]) -> None:
+def _replace(optimizer: torch.optim.Optimizer, replaced: dict[Tensor, tuple[nn.Parameter, KeptIndices]]) -> None:
     for group in optimizer.param_groups:
         group["params"] = [replaced[p][0] if p in replaced else p for p in group["params"]]
     for old, (new, kept) in replaced.items():

@@ -66,7 +66,11 @@ def reachable(
     """The furthest value of a target that the limits allow, whatever the criterion.
 
     Args:
+        model: the network as it is now; stays as it is.
+        example_inputs: as Torch-Pruning takes them.
         kind: of a target that is `known_beforehand`.
+        limits: what may be taken.
+        dense: the dense model's `baseline`; this model by default.
         survey: of the model; made here by default.
 
     Raises:
@@ -85,7 +89,7 @@ def reachable(
     trial = copied(model)
     prune_neurons(trial, example_inputs, removals)
     report = flop_report(trial, example_inputs)
-    return target.measure(report.flops, report.params, found.neurons - sum(map(len, removals.values())), dense)
+    return target.measure(report.flops, report.params, prunable.neurons - sum(map(len, removals.values())), dense)
 
 
 def check_target(
@@ -100,6 +104,10 @@ def check_target(
     """Refuses, before any training, a target that no choice of neurons can reach.
 
     Of some targets, as latency, this is known only later.
+
+    Args:
+        model, example_inputs, kind, limits, dense, survey: see `reachable`.
+        value: of the target's measure.
 
     Raises:
         InputError: with the closest value that can be reached; or the limits name no layer.
@@ -187,7 +195,7 @@ def plan_removal(
     steps = ordered(steps, layers, scope, savings)
 
     cost = CostModel(model, report)
-    predicted, left = [target.measure(cost.flops, cost.params, neurons, dense)], neurons
+    predicted, remaining = [target.measure(cost.flops, cost.params, neurons, dense)], neurons
     for step in steps:
         effect = layers[step.layer].parts[step.part].effect
         cost.remove({key: count * len(step.units) for key, count in effect.items()})
@@ -256,12 +264,12 @@ def _first_reached(target: Target, predicted: Sequence[float], measured: Callabl
     while True:
         guess = next((k for k in range(last + 1) if target.reached(predicted[k] + error)), last)
         count = min(max(guess, missed + 1), met - 1)
-        found = measured(count)
-        error = found - predicted[count]
-        if target.reached(found):
-            met, best = count, found
+        achieved = measured(count)
+        error = achieved - predicted[count]
+        if target.reached(achieved):
+            met, best = count, achieved
         elif count == last:
-            raise target.unreachable(found)
+            raise target.unreachable(achieved)
         else:
             missed = count
         if met - 1 == missed or (met <= last and not target.reached(predicted[met - 1] + error)):
@@ -275,9 +283,9 @@ def _bisect(last: int, target: Target, measured: Callable[[int], float]) -> tupl
         raise target.unreachable(best)
     while high - low > max(1, last // 256):
         middle = (low + high) // 2
-        found = measured(middle)
-        if found <= target.value:
-            high, best = middle, found
+        achieved = measured(middle)
+        if achieved <= target.value:
+            high, best = middle, achieved
         else:
             low = middle
     return high, best

@@ -21,7 +21,14 @@ from dnr_plugin.pruning.layers import Limits
 
 @dataclass(frozen=True)
 class Baseline:
-    """The dense model that targets refer to, also when removal goes on in later steps."""
+    """The dense model that targets refer to, also when removal goes on in later steps.
+
+    Attributes:
+        report: its FLOPs and parameters.
+        neurons: hidden neurons.
+        sizes: root layer -> neurons.
+        model: a copy of it, where latency is measured against it.
+    """
 
     report: FlopReport
     neurons: int
@@ -73,7 +80,15 @@ class Target(ABC):
 
     @abstractmethod
     def measure(self, flops: float, params: float, neurons: int, dense: Baseline) -> float:
-        """The measure for a model of so many FLOPs, parameters and hidden neurons."""
+        """The measure for a model of so many FLOPs, parameters and hidden neurons.
+
+        Args:
+            flops, params, neurons: of the model, however narrow by now; FLOPs for one sample.
+            dense: what they are compared with.
+
+        Returns:
+            A share, in [0, 1].
+        """
 
     def saved(self, flops: float, params: float) -> float:
         """What weighs against a neuron's score where its removal saves so many FLOPs and parameters."""
@@ -189,6 +204,10 @@ TARGETS: dict[str, type[Target]] = {
 
 def target_of(kind: str, value: float) -> Target:
     """A target by name.
+
+    Args:
+        kind: one of `TARGETS`.
+        value: of its measure.
 
     Raises:
         ValueError: there is none of this name.

@@ -75,8 +75,8 @@ class Affine:
         shift = constants - self._scale * self._inner
         self.module.weight.copy_((weights / self._scale[:, None]).view_as(self.module.weight))
         if isinstance(self.norm, nn.modules.batchnorm._BatchNorm):
-            found = outputs.double()
-            mean, variance = (found.mean(0) - shift) / self._scale, found.var(0, correction=0) / self._scale.square()
+            wide = outputs.double()
+            mean, variance = (wide.mean(0) - shift) / self._scale, wide.var(0, correction=0) / self._scale.square()
             assign_affine(self.norm, self._scale, shift, mean, variance)
         elif self._bias is not None:
             self._bias.copy_(constants)
@@ -154,7 +154,7 @@ class Fit:
             return LayerRepair(self.name, before, before)
         tasks = [task.fitted(lack) for task, lack in zip(tasks, lacks, strict=True)]
         outputs = [task.outputs() for task in tasks]
-        after = sum(task.lacking(found) for task, found in zip(tasks, outputs, strict=True)) / variance
+        after = sum(task.lacking(result) for task, result in zip(tasks, outputs, strict=True)) / variance
         fitted = torch.cat([task.weights for task in tasks]), torch.cat([task.constants for task in tasks])
         layer.assign(*fitted, torch.cat(outputs, 1))
         damping = max((task.damping for task in tasks if task.damping is not None), default=None)

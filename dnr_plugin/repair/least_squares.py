@@ -102,11 +102,15 @@ class Task:
         return self.x @ weights.T.to(self.x) + constants.to(self.x)
 
     def lacking(self, outputs: Tensor) -> float:
-        """Sum of squares of what outputs lack."""
-        found, goal = outputs + self.other, self.goal
+        """Sum of squares of what outputs lack.
+
+        Args:
+            outputs: before ``other`` is added, shape [R, out].
+        """
+        total, goal = outputs + self.other, self.goal
         if self.rectified:
-            found, goal = found.relu(), goal.relu()
-        return float((found - goal).square().sum(1).double().sum())
+            total, goal = total.relu(), goal.relu()
+        return float((total - goal).square().sum(1).double().sum())
 
     @property
     def variance(self) -> float:
@@ -117,14 +121,14 @@ class Task:
 
 def _first_minimum(of: Callable[[float], float], values: Sequence[float]) -> tuple[float, float]:
     """Goes downhill from the middle of some values; the last of them, and what it comes to."""
-    found: dict[int, float] = {}
+    known: dict[int, float] = {}
 
     def at(k: int) -> float:
         if not 0 <= k < len(values):
             return math.inf
-        if k not in found:
-            found[k] = of(values[k])
-        return found[k]
+        if k not in known:
+            known[k] = of(values[k])
+        return known[k]
 
     k = len(values) // 2
     way = 1 if at(k + 1) < at(k) else -1

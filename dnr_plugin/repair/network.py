@@ -45,15 +45,17 @@ _OTHERWISE = "{}: the pruned model was expected to run like the dense one, found
 
 
 @dataclass(frozen=True)
-class Kept:
-    """Which channels of a dense layer are left in the pruned one; bool, shapes [in] and [out]."""
+class KeptChannels:
+    """Which channels of a dense layer the pruned one keeps; bool, shapes [in] and [out]."""
 
     inputs: Tensor
     outputs: Tensor
 
 
-def kept_channels(dense: nn.Module, example_inputs: Any, removals: Mapping[str, Sequence[int]]) -> dict[str, Kept]:
-    """What is left of each consumer's channels once ``removals`` are taken from a dense model, which stays as it is.
+def kept_channels(
+    dense: nn.Module, example_inputs: Any, removals: Mapping[str, Sequence[int]]
+) -> dict[str, KeptChannels]:
+    """What remains of each consumer's channels once ``removals`` are taken from a dense model, which stays as it is.
 
     Args:
         dense: before the removal.
@@ -63,7 +65,7 @@ def kept_channels(dense: nn.Module, example_inputs: Any, removals: Mapping[str, 
     graph = build_graph(dense, example_inputs)
     modules = dict(dense.named_modules())
     kept = {
-        name: Kept(
+        name: KeptChannels(
             torch.ones(kind_of(module).channels[0], dtype=torch.bool),
             torch.ones(kind_of(module).channels[1], dtype=torch.bool),
         )
@@ -125,7 +127,19 @@ def repair_network(
 def repair_towards(
     model: nn.Module, reference: Reference, removals: Mapping[str, Sequence[int]], *, pairs: bool = False
 ) -> list[LayerRepair]:
-    """`repair_network` for one of several networks that were pruned from the same dense one."""
+    """`repair_network` for one of several networks that were pruned from the same dense one.
+
+    Args:
+        model: ``reference.dense`` without ``removals``; changed in place.
+        reference: made once for all of them.
+        removals, pairs: see `repair_network`.
+
+    Returns:
+        What was done to each layer, in the order they run.
+
+    Raises:
+        RunError: the two models do not run alike, or inputs of a layer are not finite.
+    """
     sites, images = reference.sites, reference.images
     kept = kept_channels(reference.dense, reference.example, removals)
     modules = {name: module for module, name in module_names(model).items()}
@@ -155,13 +169,13 @@ def repair_towards(
             if not waiting[site.other]:
                 del others[site.other]
         layer = Affine(module, modules[site.norm] if site.norm is not None else None)
-        one = Fit(name, layer, site.rectified, args[0], goal, other, there)
-        done[name] = one.solve()
+        layer_fit = Fit(name, layer, site.rectified, args[0], goal, other, there)
+        done[name] = layer_fit.solve()
         if name in firsts:
-            done[name] = fit_pair(firsts.pop(name), one, done[name])
+            done[name] = fit_pair(firsts.pop(name), layer_fit, done[name])
         if pairs and layer.kind.blocks == 1 and site.reader in sites and left[site.reader] is None:
-            firsts[site.reader] = one
-        return (one.a, *args[1:])
+            firsts[site.reader] = layer_fit
+        return (layer_fit.a, *args[1:])
 
     def fit(name: str) -> Callable[[nn.Module, Any], Any]:
         def hook(module: nn.Module, args: Any) -> Any:

@@ -67,16 +67,16 @@ def fit_pair(first: Fit, second: Fit, row: LayerRepair) -> LayerRepair:
 
 def _step(first: Fit, second: Fit, rows: Tensor) -> Point | None:
     """Where the first layer should go; None where it should stay."""
-    a, each, size = first.a, len(second.goal) // len(first.a), second.places.chunk
+    a, per_image, size = first.a, len(second.goal) // len(first.a), second.places.chunk
 
     def chunk(start: int) -> tuple[Callable[[Tensor, Tensor], Tensor], Tensor]:
         """What comes out for some images, by the weights and constants of the first layer, and what should."""
-        images, here = a[start : start + size], slice(start * each, (start + size) * each)
+        images, here = a[start : start + size], slice(start * per_image, (start + size) * per_image)
 
         def outputs(w: Tensor, b: Tensor) -> Tensor:
             layer = second.layer
-            found = layer.kind.run(first.layer.kind.run(images, w, b).relu(), layer.weights, layer.constants)
-            at = second.places.pick(layer.kind.by_channel(found), start).to(rows)
+            given = layer.kind.run(first.layer.kind.run(images, w, b).relu(), layer.weights, layer.constants)
+            at = second.places.pick(layer.kind.by_channel(given), start).to(rows)
             at = at if second.other is None else at + second.other[here]
             return at.relu() if second.rectified else at
 
@@ -89,8 +89,8 @@ def _step(first: Fit, second: Fit, rows: Tensor) -> Point | None:
 
     def gradient() -> Iterator[Point]:
         for outputs, wanted in map(chunk, fitted):
-            found, back = vjp(outputs, *now)  # type: ignore[misc]
-            yield back(wanted - found)
+            given, back = vjp(outputs, *now)  # type: ignore[misc]
+            yield back(wanted - given)
 
     def curvature(way: Point) -> Iterator[Point]:
         for outputs, _ in map(chunk, fitted):
@@ -146,18 +146,18 @@ def _conjugate_gradients(
     iterations: int = _ITERATIONS,
 ) -> Point:
     """Some iterations towards the solution x of ``product(x) = right``."""
-    found = torch.zeros_like(right[0]), torch.zeros_like(right[1])
-    left, way = right, preconditioned(right)
-    size = _dot(left, way)
+    solution = torch.zeros_like(right[0]), torch.zeros_like(right[1])
+    residual, way = right, preconditioned(right)
+    size = _dot(residual, way)
     for _ in range(iterations):
-        if size <= 0.0:  # nothing is left, but rounding
+        if size <= 0.0:  # nothing remains, but rounding
             break
         bent = product(way)
         curved = _dot(way, bent)
         if curved <= 0.0:
             break
-        found, left = _along(found, size / curved, way), _along(left, -size / curved, bent)
-        next_way = preconditioned(left)
-        new = _dot(left, next_way)
+        solution, residual = _along(solution, size / curved, way), _along(residual, -size / curved, bent)
+        next_way = preconditioned(residual)
+        new = _dot(residual, next_way)
         way, size = _along(next_way, new / size, way), new
-    return found
+    return solution

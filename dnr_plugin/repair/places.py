@@ -16,7 +16,7 @@ class Places:
 
     Args:
         seed: draws them.
-        each: places of an image.
+        per_image: places of an image.
         images: that will be read in all.
 
     Attributes:
@@ -24,20 +24,20 @@ class Places:
         positions: of an image, once it is known.
     """
 
-    def __init__(self, seed: str, each: int, images: int) -> None:
-        self.seed, self.each = seed, each
+    def __init__(self, seed: str, per_image: int, images: int) -> None:
+        self.seed, self.per_image = seed, per_image
         self.chunk = min(CHUNK, -(-images // _CHUNKS))
         self.positions = 0
 
     def of_chunk(self, first: int) -> Tensor:
         """Flat positions of the outputs of the images from ``first`` on, shape [K]."""
         generator = torch.Generator().manual_seed(random.Random(f"{self.seed} {first}").getrandbits(63))
-        return torch.randperm(self.positions, generator=generator)[: self.each]
+        return torch.randperm(self.positions, generator=generator)[: self.per_image]
 
     def pick(self, values: Tensor, first: int) -> Tensor:
         """Values of shape [N, C, P] of the images from ``first`` on, at the positions, as rows [R, C]."""
-        found = []
+        rows = []
         for start in range(0, len(values), self.chunk):
             positions = self.of_chunk(first + start).to(values.device)
-            found.append(values[start : start + self.chunk][:, :, positions].transpose(1, 2).flatten(0, 1))
-        return torch.cat(found)
+            rows.append(values[start : start + self.chunk][:, :, positions].transpose(1, 2).flatten(0, 1))
+        return torch.cat(rows)

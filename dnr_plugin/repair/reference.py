@@ -24,7 +24,8 @@ from dnr_plugin.network.flow import Calls, Site, trace_sites
 from dnr_plugin.network.kinds import consumer, kind_of
 from dnr_plugin.repair.places import CHUNK, Places
 
-_EACH, _PER_UNKNOWN = 16, 1.5  # places of each image, and for each weight of an output, at which layers are compared
+# Places of each image, and for each weight of an output, at which layers are compared.
+_PER_IMAGE, _PER_UNKNOWN = 16, 1.5
 
 
 class Reference:
@@ -42,6 +43,9 @@ class Reference:
         memory: bytes of the largest output of a layer, and of what is read of one. A pruned model runs on all images
             at once.
         seed: draws the places.
+
+    Raises:
+        InputError: there is no image.
     """
 
     @torch.no_grad()
@@ -66,7 +70,7 @@ class Reference:
         fitted = {name: site for name, site in self.sites.items() if kind_of(modules[name]).unrepaired is None}
         self.targets = _targets(dense, fitted, self.places, self.images)
 
-    def _each(self, module: nn.Module) -> int:
+    def _per_image(self, module: nn.Module) -> int:
         """Places of an image at which a layer is compared."""
         count, unknowns = self.count, max(1, kind_of(module).unknowns)
         default = max(min(_EACH * count, self.memory // (4 * unknowns)), round(_PER_UNKNOWN * unknowns))
@@ -117,7 +121,7 @@ def _targets(
         if len(values) != samples_in(part):
             return
         places[name].positions = values.shape[2]
-        found[name].append(places[name].pick(values, first))
+        goals[name].append(places[name].pick(values, first))
 
     wanted: dict[int, Callable[[Tensor], None]] = {}
     handles = []
@@ -146,4 +150,4 @@ def _targets(
     finally:
         for handle in handles:
             handle.remove()
-    return {name: torch.cat(rows) for name, rows in found.items() if rows}
+    return {name: torch.cat(rows) for name, rows in goals.items() if rows}

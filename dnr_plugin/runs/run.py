@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from dnr_plugin.data.registry import load_data
-from dnr_plugin.devices import pick_device, placed
+from dnr_plugin.devices import pick_device, to_device
 from dnr_plugin.errors import InputError, RunError
 from dnr_plugin.models.activations.recording import activation_summary
 from dnr_plugin.models.saved import describe, write_saved
@@ -151,5 +151,5 @@ def _finish(run: RunState) -> dict[str, Any]:
 
 
 def _latency(run: RunState) -> dict[str, Any]:
-    before, after = latencies([placed(run.untouched, run.device), run.model], timed_images(run))
+    before, after = latencies([to_device(run.untouched, run.device), run.model], timed_images(run))
     return {"batch": TIMED, "dense_ms": 1e3 * before, "pruned_ms": 1e3 * after, "ratio": after / before}

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dnr_plugin.data.images import Data
-from dnr_plugin.devices import placed
+from dnr_plugin.devices import to_device
 from dnr_plugin.files import atomic_write
 from dnr_plugin.models.saved import build, describe
 from dnr_plugin.observation.history import NeuronHistory
@@ -58,7 +58,7 @@ class RunState:
         self.folder, self.device, self.track = folder, device, track
         self.data, self.train_images, self.test_images = data, data.train.to(device), data.test.to(device)
         self.untouched = copy.deepcopy(prepared.model)
-        self.model, self.example = placed(prepared.model, device), prepared.example.to(device)
+        self.model, self.example = to_device(prepared.model, device), prepared.example.to(device)
         self.limits: Limits = limits_of(self.recipe)
         self.dense = prepared.dense
         self.stage, self.epoch = "train", 0
@@ -144,7 +144,7 @@ class RunState:
         self.histories = {name: NeuronHistory.from_state_dict(past) for name, past in histories.items()}
         model: nn.Module = build(json.loads(state["architecture"]), fresh=copy.deepcopy(self.untouched))
         model.load_state_dict(state["model"])
-        self.model = placed(model, self.device)
+        self.model = to_device(model, self.device)
         return state
 
 

@@ -27,7 +27,7 @@ from dnr_plugin.linalg import TINY, factor
 _DAMPING = 1e-4
 _DAMPINGS = (1e-7, 1e-4, 1e-3, 1e-2, 1e-1)
 _PENDING = 64  # rows whose products are taken from a matrix at once: one pass over it instead of one for each neuron
-_COMPACT = 0.75  # share of the neurons that are left when those removed are dropped from memory
+_COMPACT = 0.75  # share of the neurons that remain when those removed are dropped from memory
 
 
 @dataclass
@@ -81,33 +81,33 @@ def _alone(reader: Reader) -> Tensor:
 
 
 def _one_by_one(states: Sequence[_State], constant: Tensor) -> tuple[list[int], Tensor]:
-    left = torch.ones(len(constant), dtype=torch.bool)
+    remaining = torch.ones(len(constant), dtype=torch.bool)
     order, costs = [], torch.zeros_like(constant)
     for step in range(len(constant)):
         total = constant.clone()
         for state in states:
             total.index_add_(0, state.neurons, state.costs())
-        total[~left] = torch.inf
+        total[~remaining] = torch.inf
         gone = int(total.argmin())
         order.append(gone)
         costs[step] = total[gone].clamp_min(0.0)
-        left[gone] = False
+        remaining[gone] = False
         for state in states:
             state.remove(gone)
     return order, costs
 
 
 class _State:
-    """Inverse covariance and W^T W of one reader, of the neurons that are left.
+    """Inverse covariance and W^T W of one reader, of the neurons that remain.
 
     Costs depend on W^T W alone, which is no larger for the many outputs of a wide layer.
     """
 
     def __init__(self, reader: Reader) -> None:
         own = reader.columns.flatten()  # what a removal does to inputs of other groups decides nothing
-        weights, each = reader.weights[:, own], reader.columns.shape[1]
+        weights, features = reader.weights[:, own], reader.columns.shape[1]
         inverse = torch.cholesky_inverse(factor(reader.covariance, _DAMPING))[own][:, own]
-        self.inverse, self.squares = _Downdated(inverse, each), _Downdated(weights.T @ weights, each)
+        self.inverse, self.squares = _Downdated(inverse, features), _Downdated(weights.T @ weights, features)
         self.neurons, self.stays = reader.neurons, torch.ones(len(reader.neurons), dtype=torch.bool)
         self.position = self._positions()
 
@@ -149,15 +149,15 @@ class _Downdated:
         blocks: on the diagonal, shape [K, M, M].
     """
 
-    def __init__(self, matrix: Tensor, each: int) -> None:
-        self.matrix, self.each = matrix, each
-        shape = (len(matrix) // each, each)
+    def __init__(self, matrix: Tensor, features: int) -> None:
+        self.matrix, self.features = matrix, features
+        shape = (len(matrix) // features, features)
         self.blocks = matrix.view(*shape, *shape).diagonal(dim1=0, dim2=2).permute(2, 0, 1).clone()
-        self.left, self.right = torch.empty(2, _PENDING + 2 * each, len(matrix), dtype=matrix.dtype)
+        self.left, self.right = torch.empty(2, _PENDING + 2 * features, len(matrix), dtype=matrix.dtype)
         self.pending = 0
 
     def span(self, block: int) -> slice:
-        return slice(block * self.each, (block + 1) * self.each)
+        return slice(block * self.features, (block + 1) * self.features)
 
     def rows(self, block: int) -> Tensor:
         """Of one block, shape [M, F]."""
@@ -169,7 +169,7 @@ class _Downdated:
         pending = slice(self.pending, self.pending + len(left))
         self.left[pending], self.right[pending] = left, right
         self.pending = pending.stop
-        by_block = (len(left), -1, self.each)
+        by_block = (len(left), -1, self.features)
         self.blocks.baddbmm_(left.view(by_block).permute(1, 2, 0), right.view(by_block).transpose(0, 1), alpha=-1.0)
         if self.pending >= _PENDING:
             self._settle()
@@ -177,7 +177,7 @@ class _Downdated:
     def keep(self, blocks: Tensor) -> None:
         """Forgets the others; bool, shape [K]."""
         self._settle()
-        kept = blocks.repeat_interleave(self.each)
+        kept = blocks.repeat_interleave(self.features)
         self.matrix, self.blocks = self.matrix[kept][:, kept], self.blocks[blocks]
         self.left, self.right = self.left[:, kept], self.right[:, kept]
 
@@ -213,10 +213,10 @@ def reproduce(covariances: Sequence[Tensor], gone: Tensor, weights: Tensor) -> T
     whole, *halves = covariances
     damping = _DAMPING
     if len(halves) == 2:
-        one, other = halves
-        found = {d: error(fit(one, d), other) + error(fit(other, d), one) for d in _DAMPINGS}
-        damping = min(found, key=lambda d: found[d])
+        first, second = halves
+        errors = {d: error(fit(first, d), second) + error(fit(second, d), first) for d in _DAMPINGS}
+        damping = min(errors, key=lambda d: errors[d])
         nothing = torch.zeros_like(weights[:, ~gone])
-        if found[damping] >= error(nothing, one) + error(nothing, other):
+        if errors[damping] >= error(nothing, first) + error(nothing, second):
             return nothing
     return fit(whole, damping)

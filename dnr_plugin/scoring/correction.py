@@ -6,7 +6,7 @@ import torch
 import torch_pruning as tp
 from torch import Tensor
 
-from dnr_plugin.network.batchnorm import place_of_constant
+from dnr_plugin.network.batchnorm import constant_absorber
 from dnr_plugin.network.kinds import consumer
 from dnr_plugin.scoring.brain_surgeon import reproduce
 from dnr_plugin.scoring.evidence import Evidence
@@ -28,15 +28,15 @@ def correct(graph: tp.DependencyGraph, e: Evidence) -> str | None:
     module, moments = e.use.module, e.activity.moments
     if moments is None:
         return f"it reads {e.activity.channels} channels, too many for second moments"
-    each = moments.each
-    place = place_of_constant(graph, module)
-    constant = isinstance(place, Tensor)
+    features = moments.features
+    absorber = constant_absorber(graph, module)
+    constant = isinstance(absorber, Tensor)
     halves = (None, 0, 1) if moments.sums[:, -1, -1].all() else (None,)
-    found = [moments.mean_and_covariance(half) for half in halves]
-    mean, covariances = found[0][0], [cov if constant else cov + torch.outer(mu, mu) for mu, cov in found]
+    statistics = [moments.mean_and_covariance(half) for half in halves]
+    mean, covariances = statistics[0][0], [cov if constant else cov + torch.outer(mu, mu) for mu, cov in statistics]
     gone = torch.zeros(len(mean), dtype=torch.bool)
     gone[moments.columns(e.use.channels).flatten()] = True
-    matrices, shifts = consumer(module).matrices(each), []
+    matrices, shifts = consumer(module).matrices(features), []
     size = len(mean) // len(matrices)
     for number, weights in enumerate(matrices):
         inside = slice(number * size, (number + 1) * size)
@@ -45,8 +45,8 @@ def correct(graph: tp.DependencyGraph, e: Evidence) -> str | None:
         if own.any() and stays.any():
             weights[:, stays] += reproduce([c[inside, inside] for c in covariances], own, weights)
         shifts.append(before - weights[:, stays] @ mean[inside][stays])
-    consumer(module).assign(each, matrices)
-    if isinstance(place, Tensor):
-        shift = torch.cat(shifts).view(place.numel(), -1).sum(1).to(place)  # over a kernel's positions
-        place.add_(shift if place is module.bias else -shift)
+    consumer(module).assign(features, matrices)
+    if isinstance(absorber, Tensor):
+        shift = torch.cat(shifts).view(absorber.numel(), -1).sum(1).to(absorber)  # over a kernel's positions
+        absorber.add_(shift if absorber is module.bias else -shift)
     return None

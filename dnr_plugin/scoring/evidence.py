@@ -18,7 +18,12 @@ DEAD_TOLERANCE = 0.05
 
 @dataclass(frozen=True)
 class Evidence:
-    """One consumer of a group and what was observed at its input."""
+    """One consumer of a group and what was observed at its input.
+
+    Attributes:
+        use: the consumer, and which of its channels carry which neurons.
+        activity: of all its input channels.
+    """
 
     use: Use
     activity: Activity
@@ -48,10 +53,10 @@ def histograms(evidence: Sequence[Evidence], neurons: int) -> Tensor:
         evidence: every consumer of the group, at least one.
         neurons: n.
     """
-    found = torch.zeros(neurons, evidence[0].activity.bins, dtype=torch.int64)
+    counts = torch.zeros(neurons, evidence[0].activity.bins, dtype=torch.int64)
     for e in evidence:
-        found.index_add_(0, e.use.neurons, e.activity.histogram.cpu()[e.use.channels])
-    return found
+        counts.index_add_(0, e.use.neurons, e.activity.histogram.cpu()[e.use.channels])
+    return counts
 
 
 def read(evidence: Sequence[Evidence], neurons: int) -> Tensor:

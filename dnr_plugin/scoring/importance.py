@@ -155,14 +155,23 @@ class DyingNeuronImportance(tp.importance.Importance):  # type: ignore[misc]
         self.judge_by(observer)
 
     def observer_of(self, model: nn.Module, *, training: bool = False) -> Observer:
-        """An observer with this criterion's settings, not yet open."""
+        """An observer with this criterion's settings, not yet open.
+
+        Args:
+            model: the network to observe.
+            training: watch it while it trains, without second moments (see `Observer`).
+        """
         moments = self.moments and not training
         return Observer(
             model, threshold=self.threshold, share=self.share, bins=self.bins, moments=moments, training=training
         )
 
     def judge_by(self, observer: Observer) -> None:
-        """Scores by what a closed observer has read, from now on."""
+        """Scores by what a closed observer has read, from now on.
+
+        Args:
+            observer: made by `observer_of`. One of another model starts ``max_pruning_ratio`` anew.
+        """
         if self.observer is not None and _network(self.observer.model) is not _network(observer.model):
             self._first_size.clear()
             self._order.clear()
@@ -185,24 +194,24 @@ class DyingNeuronImportance(tp.importance.Importance):  # type: ignore[misc]
         Raises:
             RuntimeError: nothing was observed, or layers were pruned in a way that could not be followed.
         """
-        found, root = self.evidence(group), self._root(group)
-        if not found:
+        evidence, root = self.evidence(group), self._root(group)
+        if not evidence:
             reason = str(self.why_unscored(group))
             if root not in self.skipped:
                 warnings.warn(f"{root} is left alone: {reason}", stacklevel=2)
             self.skipped[root] = reason
             return None
         self.skipped.pop(root, None)
-        self._note(group, found)
+        self._note(group, evidence)
         n = len(group[0].idxs)
         redundant = self.score == "redundancy"
         tied = ties(group)[torch.tensor(group[0].idxs)]
         score = redundancy(group._DG, found, tied) if redundant else score_neurons(self.score, found, n)
         if self.prior:
             score *= self._alive(root, group) ** self.prior
-        tie_break = score_neurons("magnitude", found, n)
+        tie_break = score_neurons("magnitude", evidence, n)
         order = _lexicographic(score, tie_break)
-        dead = judge(found, n).dead
+        dead = judge(evidence, n).dead
         live = ~dead
         if self.normalizer is not None and live.any():
             score[live] = self._normalize(score[live])
@@ -228,7 +237,11 @@ class DyingNeuronImportance(tp.importance.Importance):  # type: ignore[misc]
             return []
 
     def why_unscored(self, group: tp.dependency.Group) -> str | None:
-        """Why a group gets no score, or None where it gets one."""
+        """Why a group gets no score, or None where it gets one.
+
+        Raises:
+            RuntimeError: nothing was observed, or layers were pruned in a way that could not be followed.
+        """
         try:
             self._look_up(group)
         except LookupError as missing:
@@ -299,9 +312,13 @@ class DyingNeuronImportance(tp.importance.Importance):  # type: ignore[misc]
         return restore
 
     def verdict(self, group: tp.dependency.Group) -> Verdict | None:
-        """Which neurons of a group are silent, zero, constant and dead, or None where it has no observed consumer."""
-        found = self.evidence(group)
-        return judge(found, len(group[0].idxs)) if found else None
+        """Which neurons of a group are silent, zero, constant and dead, or None where it has no observed consumer.
+
+        Raises:
+            RuntimeError: nothing was observed, or layers were pruned in a way that could not be followed.
+        """
+        evidence = self.evidence(group)
+        return judge(evidence, len(group[0].idxs)) if evidence else None
 
     def _look_up(self, group: tp.dependency.Group) -> list[Evidence]:
         """`evidence`, with a LookupError that says what is missing."""
@@ -309,7 +326,7 @@ class DyingNeuronImportance(tp.importance.Importance):  # type: ignore[misc]
             raise RuntimeError(
                 "nothing was observed yet: call the model inside `with importance.observe(model):` before pruning"
             )
-        names, found = self._carried(group._DG).consumers, []
+        names, evidence = self._carried(group._DG).consumers, []
         for use in uses(group):
             name = names.get(use.module)
             if name is None or name not in self.observer.modules:
@@ -323,14 +340,14 @@ class DyingNeuronImportance(tp.importance.Importance):  # type: ignore[misc]
                     f"the statistics of {name} describe {activity.channels} input channels, but it has "
                     f"{channels} now: it was pruned in a way that could not be followed; observe the model again"
                 )
-            found.append(Evidence(use, activity))
-        if not found:
+            evidence.append(Evidence(use, activity))
+        if not evidence:
             raise LookupError("no layer that could be observed reads its neurons, as with the outputs of the model")
-        return found
+        return evidence
 
     @property
     def histories(self) -> dict[str, NeuronHistory]:
-        """Of the neurons that are left, by root layer."""
+        """Of the neurons that remain, by root layer."""
         self._carry_over()
         return self._histories
 
@@ -347,8 +364,8 @@ class DyingNeuronImportance(tp.importance.Importance):  # type: ignore[misc]
         A group's channels at each consumer are noted, under lasting numbers, when it is scored. So it does not matter
         in which order the groups of one step, which may share a consumer by concatenation, are then pruned.
         """
-        for known, followed in [*self._followed.items()]:
-            history = known.pruning_history()
+        for graph, followed in [*self._followed.items()]:
+            history = graph.pruning_history()
             for root, outwards, indices in history[followed.seen :]:
                 if outwards and root in self._histories:
                     past = self._histories[root]

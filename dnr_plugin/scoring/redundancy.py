@@ -21,6 +21,13 @@ def readers(graph: tp.DependencyGraph, evidence: Sequence[Evidence]) -> list[Rea
 
     Outputs count in units of what follows: behind a BatchNorm, as it scales them; else relative to their own spread.
 
+    Args:
+        graph: of the model.
+        evidence: every consumer of the group; variances stand in for second moments where there are none.
+
+    Returns:
+        One reader for each consumer, or for each of its groups that read the neurons.
+
     Raises:
         LookupError: neurons with different numbers of channels at one consumer.
     """
@@ -29,19 +36,19 @@ def readers(graph: tp.DependencyGraph, evidence: Sequence[Evidence]) -> list[Rea
 
 def _readers(graph: tp.DependencyGraph, e: Evidence) -> list[Reader]:
     module, moments = e.use.module, e.activity.moments
-    each = 1 if moments is None else moments.each
+    features = 1 if moments is None else moments.features
     # too wide for moments: nothing is known of how its inputs go together
     covariance = e.activity.variance.cpu() if moments is None else moments.mean_and_covariance()[1]
-    matrices = consumer(module).matrices(each)
+    matrices = consumer(module).matrices(features)
     scale = _scale(graph, module)
     size = e.activity.channels // len(matrices)
-    found = []
+    by_matrix = []
     for number, weights in enumerate(matrices):
         inside = (e.use.channels // size) == number
         if not inside.any():
             continue
         start = number * size
-        part = slice(start * each, (start + size) * each)
+        part = slice(start * features, (start + size) * features)
         own = covariance[(part,) * covariance.dim()]
         if scale is None:
             explained = weights @ own if own.dim() == 2 else weights * own
@@ -55,9 +62,9 @@ def _readers(graph: tp.DependencyGraph, e: Evidence) -> list[Reader]:
             raise LookupError("its neurons have different numbers of channels at one layer")
         order = e.use.neurons[inside].argsort(stable=True)
         channels = (e.use.channels[inside] - start)[order].view(len(neurons), -1)
-        columns = (channels[:, :, None] * each + torch.arange(each)).flatten(1)
-        found.append(Reader(own, scaled, neurons, columns))
-    return found
+        columns = (channels[:, :, None] * features + torch.arange(features)).flatten(1)
+        by_matrix.append(Reader(own, scaled, neurons, columns))
+    return by_matrix
 
 
 def _scale(graph: tp.DependencyGraph, module: nn.Module) -> Tensor | None:

@@ -62,5 +62,5 @@ def score_neurons(name: str, evidence: Sequence[Evidence], neurons: int) -> Tens
     """
     score = SCORES[name]
     assert score.read is not None
-    found = torch.stack([e.per_neuron(score.read(e), neurons, score.inside) for e in evidence])
-    return found.sum(0) if score.across == "sum" else found.amax(0)
+    values = torch.stack([e.per_neuron(score.read(e), neurons, score.inside) for e in evidence])
+    return values.sum(0) if score.across == "sum" else values.amax(0)

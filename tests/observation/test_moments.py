@@ -140,7 +140,7 @@ def test_observers_gather_moments_only_where_asked_and_affordable() -> None:
     observer = Observer(model, moments=True)
     with torch.no_grad(), observer:
         model(images())
-    assert {name: a.moments.each for name, a in observer.activities.items()} == {"a": 9, "b": 9, "c": 9, "fc": 1}
+    assert {name: a.moments.features for name, a in observer.activities.items()} == {"a": 9, "b": 9, "c": 9, "fc": 1}
     wide = nn.Sequential(nn.Linear(2, MAX_FEATURES + 1), nn.ReLU(), nn.Linear(MAX_FEATURES + 1, 2))
     observer = Observer(wide, moments=True)
     with torch.no_grad(), observer:
