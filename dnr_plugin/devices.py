@@ -34,7 +34,7 @@ def fast_layout(device: torch.device) -> torch.memory_format:
     return torch.channels_last if wide else torch.contiguous_format
 
 
-def placed(model: nn.Module, device: torch.device) -> nn.Module:
+def to_device(model: nn.Module, device: torch.device) -> nn.Module:
     """The model on a device, on a GPU in the memory layout its convolutions are fast in."""
     if device.type == "cuda":
         return model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]

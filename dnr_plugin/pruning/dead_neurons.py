@@ -118,7 +118,7 @@ def remove_dead_neurons(
         unread = int((~read(importance.evidence(layer.group), layer.size)).sum())
         if unread:
             skipped.append((layer.name, f"{unread} of its neurons are read by no layer that could be observed"))
-        found = verdict.dead | verdict.constant
+        dead_or_constant = verdict.dead | verdict.constant
         dead += int(verdict.dead.sum())
         if not dead_or_constant.any():
             continue

@@ -119,7 +119,7 @@ class Survey:
 
     def _without_group(self, failed: Sequence[tuple[nn.Module, str]]) -> list[tuple[str, str]]:
         """Layers with neurons that no group holds, with what keeps them out."""
-        outwards, placed = self.graph.is_out_channel_pruning_fn, {root for root, _ in failed}
+        outwards, known = self.graph.is_out_channel_pruning_fn, {root for root, _ in failed}
         whole: dict[nn.Module, set[int]] = {}
         for group in self.groups:
             for dep, channels in group:
@@ -128,7 +128,7 @@ class Survey:
         reasons = []
         for module, name in self.names.items():
             kind = kind_of(module)
-            if not kind.consumes or module in placed or isinstance(kind, Attention) or _inside(module, self.names):
+            if not kind.consumes or module in known or isinstance(kind, Attention) or _inside(module, self.names):
                 continue
             if isinstance(kind, Recurrent):
                 reasons.append((name, "the hidden units of a recurrent layer are not pruned"))
@@ -175,5 +175,5 @@ def _ignored(model: nn.Module, patterns: Sequence[str]) -> set[nn.Module]:
                 f"{did_you_mean(pattern, names)}"
             )
         for name in matched:
-            found.update(model.get_submodule(name).modules())
-    return found
+            ignored.update(model.get_submodule(name).modules())
+    return ignored

@@ -137,7 +137,9 @@ def layer_of(
 def _parts(layer: Layer, names: Mapping[nn.Module, str], limits: Limits) -> list[Part]:
     group = layer.group
     touches = torch.stack([_touched_units(layer, item.root_idxs) for item in group.items], 1)
-    kinds, part = torch.unique(touches, dim=0, return_inverse=True)
+    kinds, part = touches[:1], torch.zeros(layer.units, dtype=torch.int64)
+    if not bool((touches == touches[0]).all()):
+        kinds, part = torch.unique(touches, dim=0, return_inverse=True)
     parts = []
     for number in range(len(kinds)):
         members = (part == number).nonzero().flatten().tolist()

@@ -81,10 +81,10 @@ def reachable(
         raise ValueError(f"kind: expected a target that can be known beforehand, found {kind!r}")
     survey = survey or Survey(model, example_inputs)
     dense = dense or baseline(model, example_inputs, survey=survey)
-    found = survey.within(limits, dense.sizes)
+    prunable = survey.within(limits, dense.sizes)
     removals = {
         layer.name: sorted(layer.neurons(u for part in layer.parts for u in part.units[: sum(part.portions)]))
-        for layer in found.layers
+        for layer in prunable.layers
     }
     trial = copied(model)
     prune_neurons(trial, example_inputs, removals)
@@ -199,8 +199,8 @@ def plan_removal(
     for step in steps:
         effect = layers[step.layer].parts[step.part].effect
         cost.remove({key: count * len(step.units) for key, count in effect.items()})
-        left -= step.neurons
-        predicted.append(target.measure(cost.flops, cost.params, left, dense))
+        remaining -= step.neurons
+        predicted.append(target.measure(cost.flops, cost.params, remaining, dense))
 
     def removals(count: int) -> dict[str, list[int]]:
         chosen: dict[str, list[int]] = {}

@@ -66,14 +66,16 @@ class Reference:
         self.count = samples_in(self.images)
         modules = {name: module for module, name in module_names(dense).items()}
         self.rows, self.memory = rows, memory
-        self.places = {name: Places(f"{seed} {name}", self._each(modules[name]), self.count) for name in self.sites}
+        self.places = {
+            name: Places(f"{seed} {name}", self._per_image(modules[name]), self.count) for name in self.sites
+        }
         fitted = {name: site for name, site in self.sites.items() if kind_of(modules[name]).unrepaired is None}
         self.targets = _targets(dense, fitted, self.places, self.images)
 
     def _per_image(self, module: nn.Module) -> int:
         """Places of an image at which a layer is compared."""
         count, unknowns = self.count, max(1, kind_of(module).unknowns)
-        default = max(min(_EACH * count, self.memory // (4 * unknowns)), round(_PER_UNKNOWN * unknowns))
+        default = max(min(_PER_IMAGE * count, self.memory // (4 * unknowns)), round(_PER_UNKNOWN * unknowns))
         return max(1, (self.rows or default) // count)
 
     def at(self, name: str, module: nn.Module) -> tuple[Places, Tensor]:
@@ -83,8 +85,8 @@ class Reference:
         """
         places, targets = self.places[name], self.targets[name]
         there = copy.copy(places)
-        there.each = min(places.each, self._each(module))
-        return there, targets.view(self.count, -1, targets.shape[1])[:, : there.each].flatten(0, 1)
+        there.per_image = min(places.per_image, self._per_image(module))
+        return there, targets.view(self.count, -1, targets.shape[1])[:, : there.per_image].flatten(0, 1)
 
 
 def _some(images: Any, example: Any, most: int) -> Any:
@@ -113,7 +115,7 @@ def _targets(
     Without layers whose outputs are not one for each image, as where frames are folded into the batch.
     """
     modules = {name: module for module, name in module_names(dense).items()}
-    found: dict[str, list[Tensor]] = {name: [] for name in sites}
+    goals: dict[str, list[Tensor]] = {name: [] for name in sites}
     first, part = 0, images
 
     def read(name: str, output: Tensor) -> None:

@@ -206,7 +206,7 @@ class DyingNeuronImportance(tp.importance.Importance):  # type: ignore[misc]
         n = len(group[0].idxs)
         redundant = self.score == "redundancy"
         tied = ties(group)[torch.tensor(group[0].idxs)]
-        score = redundancy(group._DG, found, tied) if redundant else score_neurons(self.score, found, n)
+        score = redundancy(group._DG, evidence, tied) if redundant else score_neurons(self.score, evidence, n)
         if self.prior:
             score *= self._alive(root, group) ** self.prior
         tie_break = score_neurons("magnitude", evidence, n)
@@ -222,7 +222,7 @@ class DyingNeuronImportance(tp.importance.Importance):  # type: ignore[misc]
         rank[order] = torch.arange(n, dtype=torch.float64)
         rank += (self._order.setdefault(root, len(self._order)) + 1) * 0.6180339887498949 % 1.0
         distinct = score * (1.0 + _STEP * rank)
-        kept = self._kept(root, group, distinct) | ~read(found, n)
+        kept = self._kept(root, group, distinct) | ~read(evidence, n)
         return torch.where(kept, _KEPT * (1.0 + _STEP * rank), distinct)
 
     def evidence(self, group: tp.dependency.Group) -> list[Evidence]:
