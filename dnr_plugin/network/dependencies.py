@@ -120,6 +120,7 @@ class _Graph(tp.DependencyGraph):  # type: ignore[misc]
 
     def __init__(self) -> None:
         super().__init__()
+        self._longest: int | None = None
         norms = _Norms()
         self._in_channel_pruning_fn.add(norms.prune_in_channels)
         self._out_channel_pruning_fn.add(norms.prune_out_channels)
@@ -127,8 +128,10 @@ class _Graph(tp.DependencyGraph):  # type: ignore[misc]
             self.REGISTERED_PRUNERS[kind] = norms
 
     def get_pruning_group(self, module: nn.Module, pruning_fn: Any, idxs: Any) -> tp.dependency.Group:
-        widest = max(max(kind_of(m).channels) for m in self.module2node if isinstance(m, nn.Module))
-        longest = _LONGEST * max(widest, 1)
+        if self._longest is None:  # widths only fall
+            widths = (max(kind_of(m).channels) for m in self.module2node if isinstance(m, nn.Module))
+            self._longest = _LONGEST * max(1, *widths)
+        longest = self._longest
         scope = tp.DependencyGraph.get_pruning_group.__globals__
 
         class Bounded(scope["Group"]):  # type: ignore[misc, name-defined, valid-type]
