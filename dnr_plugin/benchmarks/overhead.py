@@ -45,19 +45,16 @@ def overhead(
     Returns:
         Figures, and ``lines`` that say the same in words.
     """
-    on = pick_device(device)
+    chosen = pick_device(device)
     torch.manual_seed(seed)
-    model = to_device(build_model(ModelOptions(name="resnet18", width=width), 10), on)
-    images, labels = (
-        torch.randn(batch, 3, 32, 32, device=on),
-        torch.randint(0, 10, (batch,), device=on),
-    )
+    model = to_device(build_model(ModelOptions(name="resnet18", width=width), 10), chosen)
+    images, labels = torch.randn(batch, 3, 32, 32, device=chosen), torch.randint(0, 10, (batch,), device=chosen)
 
     def clock(work: Callable[[], object]) -> float:
         start = time.perf_counter()
         work()
-        if on.type == "cuda":
-            torch.cuda.synchronize(on)
+        if chosen.type == "cuda":
+            torch.cuda.synchronize(chosen)
         return time.perf_counter() - start
 
     def pairs(first: Callable[[], float], second: Callable[[], float]) -> tuple[list[float], list[float]]:
@@ -95,7 +92,7 @@ def overhead(
     )
 
     step_ratio, score_ratio = _ratio(observed, plain), _ratio(ours, theirs)
-    where = f"{device_name(on)}, torch {versions()['torch']}, seed {seed}, n = {rounds} pairs"
+    where = f"{device_name(chosen)}, torch {versions()['torch']}, seed {seed}, n = {rounds} pairs"
     return {
         "width": width,
         "batch": batch,
@@ -136,25 +133,25 @@ def costs(*, width: int = 64, images: int = 256, side: int = 32, device: str = "
         Figures, and ``lines`` that say the same in words. Peak memory, beyond what was held before, is None where it
         cannot be told (outside of Linux, without a GPU).
     """
-    on = pick_device(device)
+    chosen = pick_device(device)
     torch.manual_seed(seed)
     stem: Any = "imagenet" if side > 64 else "cifar"
-    model = to_device(build_model(ModelOptions(name="resnet18", width=width, stem=stem), 10), on).eval()
-    model.to(memory_format=fast_layout(on))
-    batches = [torch.randn(min(32, images - k), 3, side, side, device=on) for k in range(0, images, 32)]
+    model = to_device(build_model(ModelOptions(name="resnet18", width=width, stem=stem), 10), chosen).eval()
+    model.to(memory_format=fast_layout(chosen))
+    batches = [torch.randn(min(32, images - k), 3, side, side, device=chosen) for k in range(0, images, 32)]
     example = batches[0][:1]
     graph = tp.DependencyGraph().build_dependency(copy.deepcopy(model), example)
     groups = [group for group in graph.get_all_groups() if not isinstance(group[0].dep.target.module, torch.nn.Linear)]
-    found: dict[str, Any] = {}
+    measured: dict[str, Any] = {}
 
     def noted(name: str, work: Callable[[], object]) -> Any:
-        with _Peak(on) as peak:
+        with _Peak(chosen) as peak:
             start = time.perf_counter()
             result = work()
-            if on.type == "cuda":
-                torch.cuda.synchronize(on)
-            found[name] = {"seconds": time.perf_counter() - start, "peak_bytes": None}
-        found[name]["peak_bytes"] = peak.bytes
+            if chosen.type == "cuda":
+                torch.cuda.synchronize(chosen)
+            measured[name] = {"seconds": time.perf_counter() - start, "peak_bytes": None}
+        measured[name]["peak_bytes"] = peak.bytes
         return result
 
     def magnitude() -> None:
@@ -164,7 +161,7 @@ def costs(*, width: int = 64, images: int = 256, side: int = 32, device: str = "
 
     def taylor() -> None:
         for batch in batches:
-            labels = torch.randint(0, 10, (len(batch),), device=on)
+            labels = torch.randint(0, 10, (len(batch),), device=chosen)
             F.cross_entropy(graph.model(batch), labels).backward()  # type: ignore[no-untyped-call]
         importance = tp.importance.TaylorImportance()
         for group in groups:
@@ -192,12 +189,12 @@ def costs(*, width: int = 64, images: int = 256, side: int = 32, device: str = "
     prune_neurons(pruned, example, plan.removals)
     noted("repair_network", lambda: repair_network(pruned, model, example, plan.removals, batches))
 
-    where = f"{device_name(on)}, torch {versions()['torch']}, seed {seed}, n = 1"
+    where = f"{device_name(chosen)}, torch {versions()['torch']}, seed {seed}, n = 1"
     lines = [f"from a trained ResNet-18, width {width}, and {images} images of {side}x{side}; {where}"]
-    for name, cost in found.items():
+    for name, cost in measured.items():
         beyond = "unknown" if cost["peak_bytes"] is None else f"{cost['peak_bytes'] / 2**20:.0f} MiB"
         lines.append(f"{name}: {cost['seconds']:.1f} s, peak memory {beyond} beyond what was held before")
-    return {"width": width, "images": images, "side": side, "costs": found, "where": where, "lines": lines}
+    return {"width": width, "images": images, "side": side, "costs": measured, "where": where, "lines": lines}
 
 
 class _Peak:

@@ -35,7 +35,7 @@ def shares_of(text: str | None) -> list[float]:
     Raises:
         InputError: one that is not above 0 and below 1.
     """
-    found = []
+    shares = []
     for item in (SHARES if text is None else text).split(","):
         try:
             value = float(item)
@@ -43,8 +43,8 @@ def shares_of(text: str | None) -> list[float]:
             value = -1.0
         if not 0.0 < value < 1.0:
             raise InputError(f"--shares: expected shares of a layer above 0 and below 1, found {item.strip()!r}")
-        found.append(value)
-    return sorted(set(found))
+        shares.append(value)
+    return sorted(set(shares))
 
 
 def run_sensitivity(

@@ -92,14 +92,14 @@ class Ground:
         return evaluate(model, self.test, amp=self.recipe.train.amp)
 
     def recalibrated(self, model: nn.Module) -> nn.Module:
-        found = copy.deepcopy(model)
-        recalibrate_batchnorm(found, self.recalibration)
-        return found
+        trial = copy.deepcopy(model)
+        recalibrate_batchnorm(trial, self.recalibration)
+        return trial
 
     def repaired(self, model: nn.Module, removals: Mapping[str, Sequence[int]]) -> nn.Module:
-        found = copy.deepcopy(model)
-        repair_towards(found, self.reference, removals, pairs=self.recipe.prune.repair_pairs)
-        return found
+        trial = copy.deepcopy(model)
+        repair_towards(trial, self.reference, removals, pairs=self.recipe.prune.repair_pairs)
+        return trial
 
     def finetuned(self, model: nn.Module) -> nn.Module:
         """Fine-tuned as `run.run_recipe` does it.
@@ -107,10 +107,10 @@ class Ground:
         Raises:
             DivergedError: the loss is not finite.
         """
-        found, options = copy.deepcopy(model), self.recipe.finetune
+        trial, options = copy.deepcopy(model), self.recipe.finetune
         seed = derive_seed(self.recipe.seed, "finetune")
         torch.manual_seed(seed)
-        trainer = Trainer(found, self.train, options, seed, self.recipe.data.augment)
+        trainer = Trainer(trial, self.train, options, seed, self.recipe.data.augment)
         for number in range(options.epochs):
             trainer.epoch(number)
-        return found
+        return trial

@@ -47,12 +47,12 @@ def register(commands: Commands) -> None:
 def _overhead(arguments: argparse.Namespace) -> int:
     from dnr_plugin.benchmarks.overhead import costs, overhead
 
-    found = overhead(width=arguments.width, batch=arguments.batch, rounds=arguments.rounds, device=arguments.device)
-    found["criteria"] = costs(
+    result = overhead(width=arguments.width, batch=arguments.batch, rounds=arguments.rounds, device=arguments.device)
+    result["criteria"] = costs(
         width=arguments.width, images=arguments.images, side=arguments.side, device=arguments.device
     )
-    lines = [*found["lines"], *found["criteria"]["lines"]]
-    show(json.dumps(found, indent=1) if arguments.json else "\n".join(lines))
+    lines = [*result["lines"], *result["criteria"]["lines"]]
+    show(json.dumps(result, indent=1) if arguments.json else "\n".join(lines))
     return DONE
 
 

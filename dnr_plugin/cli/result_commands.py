@@ -39,19 +39,19 @@ def _report(arguments: argparse.Namespace) -> int:
     folder = Path(arguments.folder)
     if (folder / "report.json").is_file():
         try:
-            found = json.loads((folder / "report.json").read_text())
-            tables = [summary_table(found), layer_table(found["layers"], "layers")]
-            notes, text = facts(found), markdown(found)
+            report = json.loads((folder / "report.json").read_text())
+            tables = [summary_table(report), layer_table(report["layers"], "layers")]
+            notes, text = facts(report), markdown(report)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(
                 f"{folder / 'report.json'}: expected the report of a run, found damage: {error!r}"
             ) from error
     else:
-        found, notes = report_model(folder, arguments.input, arguments.allow_import)
-        tables = [layer_table(found["layers"], str(folder))]
-        text = "\n".join([*layer_table(found["layers"]).markdown(), "", *(f"- {note}" for note in notes)])
+        report, notes = report_model(folder, arguments.input, arguments.allow_import)
+        tables = [layer_table(report["layers"], str(folder))]
+        text = "\n".join([*layer_table(report["layers"]).markdown(), "", *(f"- {note}" for note in notes)])
     if arguments.format == "json":
-        show(json.dumps(found, indent=1))
+        show(json.dumps(report, indent=1))
     elif arguments.format == "markdown":
         show(text.rstrip("\n"))
     else:

@@ -17,7 +17,7 @@ def flip(images: Tensor, mirrored: Tensor) -> Tensor:
 
 
 def crop(images: Tensor, top: Tensor, left: Tensor, padding: int) -> Tensor:
-    """Pad with zeros on every side and cut each image back to its size at its own place.
+    """Pad with zeros on every side and cut each image back to its size at its own position.
 
     Args:
         images: [B, C, H, W].

@@ -170,12 +170,12 @@ def load_folder(options: DataOptions, root: Path) -> Data:
     from torchvision import datasets
 
     side = options.image_size or 224
-    found = []
+    splits = []
     for folder in (root / "train", _test_folder(root)):
         try:
-            found.append(datasets.ImageFolder(str(folder)))
+            splits.append(datasets.ImageFolder(str(folder)))
         except FileNotFoundError as error:
             raise InputError(f"data.root: expected images of every class in {folder}: {first_line(error)}") from error
     workers = 2 if options.workers is None else options.workers
-    train, test = (FolderImages(split.samples, side, workers) for split in found)
-    return Data(train, test, len(found[0].classes), 3, side, list(found[0].classes))
+    train, test = (FolderImages(split.samples, side, workers) for split in splits)
+    return Data(train, test, len(splits[0].classes), 3, side, list(splits[0].classes))

@@ -27,7 +27,7 @@ DRAWN = (5_000, 1_000)  # shapes, unless train_size and test_size say otherwise
 
 
 def draw_shapes(count: int, image_size: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Draw images of ten classes (``SHAPES``): place, size, slight rotation, colours and noise are random.
+    """Draw images of ten classes (``SHAPES``): position, size, slight rotation, colours and noise are random.
 
     Args:
         count: images, >= 1; the classes are as balanced as it allows.

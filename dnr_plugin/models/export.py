@@ -50,7 +50,7 @@ def export_model(
 
     Raises:
         InputError: folder, file, shape or the packages at hand cannot be used; nothing was written.
-        RunError: the model cannot be exported, or the outputs differ by more than `LIMIT`; no file is left.
+        RunError: the model cannot be exported, or the outputs differ by more than `LIMIT`; no file remains.
     """
     file = Path(file)
     if format == "onnx":
@@ -60,8 +60,8 @@ def export_model(
     write, read = (_write_onnx, _read_onnx) if format == "onnx" else (_write_torch, _read_torch)
     try:
         # beside the file, so that it appears there as a whole or not at all
-        with tempfile.TemporaryDirectory(dir=file.parent, prefix=f".{file.name}.") as place, _silent():
-            written = Path(place) / file.name
+        with tempfile.TemporaryDirectory(dir=file.parent, prefix=f".{file.name}.") as scratch, _silent():
+            written = Path(scratch) / file.name
             try:
                 write(model, example.expand(_TRACED, -1, -1, -1).contiguous(), written)
                 difference = _difference(model, read(written), example)
@@ -103,12 +103,12 @@ def _check_file(file: Path) -> None:
 
 def _difference(model: nn.Module, run: Runner, example: Tensor) -> float:
     generator = torch.Generator().manual_seed(0)
-    found = []
+    differences = []
     with torch.no_grad():
         for size in BATCHES:
             images = torch.randn(size, *example.shape[1:], generator=generator)
-            found.append(output_difference([model(images)], [run(images)])[1])
-    return max(found, key=lambda value: (value != value, value))
+            differences.append(output_difference([model(images)], [run(images)])[1])
+    return max(differences, key=lambda value: (value != value, value))
 
 
 def _write_torch(model: nn.Module, images: Tensor, file: Path) -> None:

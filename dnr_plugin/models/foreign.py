@@ -72,8 +72,8 @@ def user_function(name: str) -> Callable[..., Any]:
             f"model.name: expected a function {function_name!r} in {module_name}, "
             f"found {', '.join(known) or 'none'}{did_you_mean(function_name, known)}"
         )
-    found: Callable[..., Any] = function
-    return found
+    checked: Callable[..., Any] = function
+    return checked
 
 
 def takes_num_classes(function: Callable[..., Any]) -> bool:

@@ -114,8 +114,8 @@ def _user_problems(options: ModelOptions) -> list[str]:
         return list(error.problems)
     takes = takes_num_classes(function)
     if options.num_classes is not None and not takes:
-        found = options.num_classes
-        return [f"model.num_classes: expected nothing for {options.name}, which takes no num_classes, found {found}"]
+        given = options.num_classes
+        return [f"model.num_classes: expected nothing for {options.name}, which takes no num_classes, found {given}"]
     try:
         signature = inspect.signature(function)
     except ValueError:

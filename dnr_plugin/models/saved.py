@@ -55,9 +55,9 @@ def describe(
     changed = {}
     for name, module in ours.items():
         before, after = _attributes(theirs[name]), _attributes(module)
-        found = {key: value for key, value in after.items() if key not in before or before[key] != value}
-        if found:
-            changed[name] = found
+        altered = {key: value for key, value in after.items() if key not in before or before[key] != value}
+        if altered:
+            changed[name] = altered
     return {
         "format": FORMAT,
         "builder": dict(builder),
@@ -171,15 +171,15 @@ def _load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
     """Attributes that are plain values or sequences of them, such as ``in_channels`` and ``normalized_shape``."""
-    found: dict[str, Any] = {}
+    attributes: dict[str, Any] = {}
     for key, value in vars(module).items():
         if key.startswith("_") or key in ("training", "dnr_builder"):
             continue
         if isinstance(value, _PLAIN):
-            found[key] = value
+            attributes[key] = value
         elif isinstance(value, tuple | list) and all(isinstance(item, _PLAIN) for item in value):
-            found[key] = list(value)
-    return found
+            attributes[key] = list(value)
+    return attributes
 
 
 def _set_tensor(module: nn.Module, key: str, shape: list[int], dtype: torch.dtype) -> None:

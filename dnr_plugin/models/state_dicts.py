@@ -28,16 +28,16 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> None:
     path = Path(path)
     if problems := file_problems(path):
         raise InputError(*problems)
-    found = _state_dict(_read_checkpoint(path), path)
-    if all(key.startswith("module.") for key in found):
-        found = {key.removeprefix("module."): value for key, value in found.items()}
+    tensors = _state_dict(_read_checkpoint(path), path)
+    if all(key.startswith("module.") for key in tensors):
+        tensors = {key.removeprefix("module."): value for key, value in tensors.items()}
     expected = model.state_dict()
     # PyTorch before 0.4.1 did not count batches; nothing but a BatchNorm with momentum None reads the count.
-    missing = [key for key in expected if key not in found and not key.endswith("num_batches_tracked")]
-    unexpected = [key for key in found if key not in expected]
+    missing = [key for key in expected if key not in tensors and not key.endswith("num_batches_tracked")]
+    unexpected = [key for key in tensors if key not in expected]
     shapes = [
         f"{key} expected {list(expected[key].shape)} found {list(value.shape)}"
-        for key, value in found.items()
+        for key, value in tensors.items()
         if key in expected and expected[key].shape != value.shape
     ]
     problems = [
@@ -45,14 +45,14 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> None:
         + (", ..." if len(entries) > 5 else "")
         for what, entries, total in (
             ("keys of the model are missing", missing, len(expected)),
-            ("keys in the file are unexpected", unexpected, len(found)),
+            ("keys in the file are unexpected", unexpected, len(tensors)),
             ("shapes differ", shapes, len(expected)),
         )
         if entries
     ]
     if problems:
         raise InputError(*problems)
-    model.load_state_dict(found, strict=False)
+    model.load_state_dict(tensors, strict=False)
 
 
 def _read_checkpoint(path: Path) -> Any:

@@ -10,13 +10,13 @@ from dnr_plugin.recipe.schema import Recipe
 
 def leaves(value: dict[str, Any], prefix: str = "") -> dict[str, str]:
     """Dotted names and values in JSON, which tells 1 from true and from 1.0."""
-    found: dict[str, str] = {}
+    texts: dict[str, str] = {}
     for key, item in value.items():
         if isinstance(item, dict):
-            found |= leaves(item, f"{prefix}{key}.")
+            texts |= leaves(item, f"{prefix}{key}.")
         else:
-            found[f"{prefix}{key}"] = json.dumps(item, ensure_ascii=False, default=repr)
-    return found
+            texts[f"{prefix}{key}"] = json.dumps(item, ensure_ascii=False, default=repr)
+    return texts
 
 
 def differing_fields(a: Recipe, b: Recipe) -> list[str]:
@@ -29,9 +29,9 @@ def differing_fields(a: Recipe, b: Recipe) -> list[str]:
     Returns:
         ``dotted.name: value in a, value in b`` for each; empty for equal recipes.
     """
-    left, right = leaves(a.model_dump()), leaves(b.model_dump())
+    of_a, of_b = leaves(a.model_dump()), leaves(b.model_dump())
     return [
-        f"{name}: {left.get(name, 'nothing')}, {right.get(name, 'nothing')}"
-        for name in left | right
-        if left.get(name) != right.get(name)
+        f"{name}: {of_a.get(name, 'nothing')}, {of_b.get(name, 'nothing')}"
+        for name in of_a | of_b
+        if of_a.get(name) != of_b.get(name)
     ]

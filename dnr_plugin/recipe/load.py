@@ -101,7 +101,7 @@ def located(
     for problem in error.problems:
         option = tuple(problem.partition(":")[0].split("."))
         known = option[0] in Recipe.model_fields
-        problems.append(f"{document.place(option)}: {problem}" if known else problem)
+        problems.append(f"{document.location(option)}: {problem}" if known else problem)
     return InputError(*problems)
 
 
@@ -152,6 +152,8 @@ def shipped_recipes() -> dict[str, Path]:
     """
     package = Path(str(resources.files("dnr_plugin")))
     # A wheel carries them inside the package; a checkout or editable install beside it.
-    folder = next((place for place in (package / "recipes", package.parent / "recipes") if place.is_dir()), package)
+    folder = next(
+        (location for location in (package / "recipes", package.parent / "recipes") if location.is_dir()), package
+    )
     names = {file.relative_to(folder).with_suffix("").as_posix(): file for file in folder.rglob("*.yaml")}
     return {name: names[name] for name in sorted(names, key=lambda name: (name != "quickstart", name))}

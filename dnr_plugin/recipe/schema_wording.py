@@ -67,10 +67,10 @@ def problem_line(error: Any, document: Document) -> str:
     elif error["type"] == "missing":
         message = f"expected {_expected(_option(path))}, found nothing"
     else:
-        option, found = _option(path), error["input"]
-        hint = did_you_mean(found, option["enum"]) if "enum" in option and isinstance(found, str) else ""
-        message = f"expected {_expected(option)}, found {as_found(found)}{hint}"
-    return f"{document.place(path)}: {dotted_name(path)}: {message}"
+        option, given = _option(path), error["input"]
+        hint = did_you_mean(given, option["enum"]) if "enum" in option and isinstance(given, str) else ""
+        message = f"expected {_expected(option)}, found {as_found(given)}{hint}"
+    return f"{document.location(path)}: {dotted_name(path)}: {message}"
 
 
 def _combination(section: Loc, message: str, document: Document) -> str:
@@ -84,7 +84,7 @@ def _combination(section: Loc, message: str, document: Document) -> str:
         for known, label in document.overrides.items()
         if known[:-1] == section and re.search(rf"\b{re.escape(str(known[-1]))}\b", message)
     ]
-    return f"{culprits[-1] if culprits else document.place(path)}: {dotted_name(path)}: {shown}"
+    return f"{culprits[-1] if culprits else document.location(path)}: {dotted_name(path)}: {shown}"
 
 
 def option_reference() -> str:

@@ -382,8 +382,8 @@ class PruneOptions(Section):
             value = getattr(self, name)
             modes = next((rule.modes for rule in field.metadata if isinstance(rule, OnlyIn)), (self.mode,))
             if self.mode not in modes and value != field.default:
-                found = ", ".join(value) if isinstance(value, list) else str(value).lower()
-                raise ValueError(f"{name}: expected nothing with mode {self.mode}, found {found}")
+                shown = ", ".join(value) if isinstance(value, list) else str(value).lower()
+                raise ValueError(f"{name}: expected nothing with mode {self.mode}, found {shown}")
         if self.mode == "dynamic" and self.score == "redundancy":
             raise ValueError("score: expected another with mode dynamic, which has no repair, found redundancy")
         for name in ("repair_samples", "repair_pairs"):
@@ -392,8 +392,8 @@ class PruneOptions(Section):
                 raise ValueError(f"{name}: expected nothing without repair, found {str(value).lower()}")
         given = [name for name, value in self.dynamics if value != DynamicsOptions.model_fields[name].default]
         if self.mode != "dynamic" and set(given) - {"check_every"}:
-            found = ", ".join(name for name in given if name != "check_every")
-            raise ValueError(f"dynamics: expected check_every alone with mode {self.mode}, found {found}")
+            shown = ", ".join(name for name in given if name != "check_every")
+            raise ValueError(f"dynamics: expected check_every alone with mode {self.mode}, found {shown}")
         if self.mode == "dynamic" and self.target is not None and not self.target.target.resumable:
             kind = self.target.kind
             raise ValueError(

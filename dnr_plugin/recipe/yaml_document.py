@@ -110,14 +110,14 @@ class Document:
 
     def plain(self, node: yaml.Node, path: Loc, at: Callable[[yaml.Node], str]) -> Any:
         """Turns a node into plain data and notes where its parts stand (``at``)."""
-        self.where.setdefault(path, at(node))  # a value of a mapping already has its key's place
+        self.where.setdefault(path, at(node))  # a value of a mapping already has its key's location
         if isinstance(node, yaml.MappingNode):
             mapping: dict[str, Any] = {}
             for key_node, value_node in node.value:
                 key = key_node.value
                 if key_node.tag != _TAG + "str":
-                    found = (key or "null")[:80] if isinstance(key, str) else f"a {key_node.id}"
-                    problem = f"expected text as a key, found {found}"
+                    shown = (key or "null")[:80] if isinstance(key, str) else f"a {key_node.id}"
+                    problem = f"expected text as a key, found {shown}"
                     self.problems.append(f"{at(key_node)}: {dotted_name(path) or 'the recipe'}: {problem}")
                 elif key in mapping:
                     problem = f"expected each key once, found it again (first at {self.where[(*path, key)]})"
@@ -170,13 +170,13 @@ class Document:
             if not isinstance(section, dict):
                 problem = f"expected {dotted_name(path[:depth])} to be a mapping, found {as_found(section)}"
                 return self.report(path, label, problem)
-        for places in (self.where, self.overrides):
-            for stale in [known for known in places if known[: len(path)] == path]:
-                del places[stale]
+        for recorded in (self.where, self.overrides):
+            for stale in [known for known in recorded if known[: len(path)] == path]:
+                del recorded[stale]
         self.overrides[path] = label
         section[str(path[-1])] = self.plain(node, path, lambda _: label)
 
-    def place(self, path: Loc) -> str:
+    def location(self, path: Loc) -> str:
         """Where ``path`` was written, or else the nearest section around it."""
         while path not in self.where:
             path = path[:-1]

@@ -111,24 +111,24 @@ def compare_runs(folders: Sequence[str | os.PathLike[str]]) -> Comparison:
         InputError: one problem per folder that is not that of a finished run, or that is given twice.
     """
     problems: list[str] = []
-    found: list[Run] = []
+    compared: list[Run] = []
     folders = [run for folder in folders for run in _runs_in(Path(folder))]
-    places = [Path(folder).resolve() for folder in folders]
+    resolved = [Path(folder).resolve() for folder in folders]
     for number, folder in enumerate(folders):
         try:
-            if places[number] in places[:number]:
+            if resolved[number] in resolved[:number]:
                 raise InputError(f"compare: expected each run once, found {folder} again")
-            unique = [place.name for place in places].count(places[number].name) == 1
-            found.append(_read(Path(folder), places[number].name if unique else str(folder)))
+            unique = [path.name for path in resolved].count(resolved[number].name) == 1
+            compared.append(_read(Path(folder), resolved[number].name if unique else str(folder)))
         except InputError as error:
             problems += error.problems
     if problems:
         raise InputError(*problems)
-    options = _differing(found)
+    options = _differing(compared)
     groups: dict[tuple[str | None, ...], list[Run]] = {}
-    for run in found:
+    for run in compared:
         groups.setdefault(tuple(run.options.get(name) for name in options if name != "seed"), []).append(run)
-    return Comparison(found, options, [_group(runs) for runs in groups.values()])
+    return Comparison(compared, options, [_group(runs) for runs in groups.values()])
 
 
 def _differing(runs: Sequence[Run]) -> list[str]:
@@ -152,10 +152,10 @@ def _runs_in(folder: Path) -> list[Path]:
     if not index.is_file():
         return [folder]
     try:
-        places = [folder / str(run["folder"]) for run in json.loads(index.read_text(encoding="utf-8"))["runs"]]
+        listed = [folder / str(run["folder"]) for run in json.loads(index.read_text(encoding="utf-8"))["runs"]]
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{index}: expected the list of a sweep's runs, found damage: {error!r}"[:300]) from error
-    return [place for place in places if (place / "report.json").is_file()] or [folder]
+    return [path for path in listed if (path / "report.json").is_file()] or [folder]
 
 
 def _read(folder: Path, name: str) -> Run:

@@ -49,7 +49,7 @@ def report_model(folder: Path, shape: str | None, allow_import: bool) -> tuple[d
 
     model, builder, example = saved_model(folder, shape, allow_import)
     dense, pruned = flop_report(rebuild(builder, allow_import), example), flop_report(model, example)
-    found: dict[str, Any] = {
+    report: dict[str, Any] = {
         "builder": builder,
         "dense": {"params": dense.params, "flops": dense.flops},
         "pruned": {"params": pruned.params, "flops": pruned.flops},
@@ -59,11 +59,11 @@ def report_model(folder: Path, shape: str | None, allow_import: bool) -> tuple[d
     }
     uncounted = ", ".join(pruned.unsupported_ops) or "nothing"
     notes = [
-        f"Kept {100 * found['kept']['params']:.2f} % of the parameters and {100 * found['kept']['flops']:.2f} % of the "
-        f"FLOPs for an image of {'x'.join(map(str, example.shape[1:]))}.",
+        f"Kept {100 * report['kept']['params']:.2f} % of the parameters and {100 * report['kept']['flops']:.2f} % of "
+        f"the FLOPs for an image of {'x'.join(map(str, example.shape[1:]))}.",
         f"Not counted by fvcore: {uncounted}. {NOTE}",
     ]
-    return found, notes
+    return report, notes
 
 
 def layer_table(rows: Sequence[Mapping[str, Any]], title: str = "") -> Table:

@@ -64,16 +64,16 @@ def facts(report: Mapping[str, Any]) -> list[str]:
             f"{_percent(report['sparsity']['weight'])} of the parameters.",
         ]
     when = "before the removal" if report.get("mode", "after_training") == "after_training" else "at the last check"
-    found = f"{dead['neurons']} of {dead['of']} neurons were dead {when}"
+    counted_dead = f"{dead['neurons']} of {dead['of']} neurons were dead {when}"
     if target["kind"] is None:
-        lines.append(f"{found}.")
+        lines.append(f"{counted_dead}.")
     elif exact["neurons"]:
         lines.append(
-            f"{found}; removing {exact['neurons']} that were exactly zero changed the outputs by at most "
+            f"{counted_dead}; removing {exact['neurons']} that were exactly zero changed the outputs by at most "
             f"{exact['max_abs_diff']:.1e}."
         )
     else:
-        lines.append(f"{found}; no removed neuron was exactly zero.")
+        lines.append(f"{counted_dead}; no removed neuron was exactly zero.")
     if (repair := report.get("repair")) is not None:
         lines.append(
             f"Repair fitted {repair['layers']} layers to the dense network's: on average they lacked "

@@ -99,13 +99,13 @@ def check_sizes(recipe: Recipe, images: int | None) -> None:
         if options.epochs
     }
     wanted["prune.observe.min_samples"] = recipe.prune.observe.min_samples
-    found = [
+    problems = [
         f"{name}: expected at most {images}, the number of training images, found {value}"
         for name, value in wanted.items()
         if images is not None and value > images
     ]
-    if found:
-        raise InputError(*found)
+    if problems:
+        raise InputError(*problems)
 
 
 def check_live_noise(recipe: Recipe) -> None:

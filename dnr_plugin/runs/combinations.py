@@ -56,26 +56,26 @@ def combine(path: str | os.PathLike[str], overrides: Sequence[str], vary: Sequen
     grid = list(itertools.islice(itertools.product(*options.values()), MAX_RUNS + 1))
     if len(grid) > MAX_RUNS:
         raise InputError(f"--vary: expected at most {MAX_RUNS} combinations, found more")
-    found: list[Combination] = []
+    readable: list[Combination] = []
     wrong: dict[tuple[str, ...], Sequence[str]] = {}
     for values in grid:
         try:
-            found.append(Combination(values, load_recipe(path, overrides, values)))
+            readable.append(Combination(values, load_recipe(path, overrides, values)))
         except InputError as error:
             wrong[values] = error.problems
     raise_wrong(wrong, grid)
     seen: dict[str, Combination] = {}
     problems = []
-    for one in found:
-        same = seen.setdefault(_key(one.recipe), one)
-        if same is not one:
+    for combination in readable:
+        same = seen.setdefault(_key(combination.recipe), combination)
+        if same is not combination:
             problems.append(
                 f"--vary: expected combinations that differ, found the same recipe for {' '.join(same.values)} and for "
-                f"{' '.join(one.values)}"
+                f"{' '.join(combination.values)}"
             )
     if problems:
         raise InputError(*problems)
-    return found
+    return readable
 
 
 def _options(vary: Sequence[str]) -> dict[str, list[str]]:
@@ -116,10 +116,10 @@ def raise_wrong(wrong: Mapping[tuple[str, ...], Sequence[str]], grid: Sequence[t
         raise InputError(*lines.values())
 
 
-def placed_runs(combinations: Sequence[Combination], earlier: Sequence[Planned], folder: Path) -> list[Planned]:
+def with_folders(combinations: Sequence[Combination], earlier: Sequence[Planned], folder: Path) -> list[Planned]:
     """Gives every combination its folder: the one it had, or else a new one."""
     known = {_key(run.recipe): run for run in earlier}
-    wanted = {_key(one.recipe) for one in combinations}
+    wanted = {_key(combination.recipe) for combination in combinations}
     lost = [run.folder for key, run in known.items() if key not in wanted]
     if lost:
         raise InputError(
@@ -129,12 +129,12 @@ def placed_runs(combinations: Sequence[Combination], earlier: Sequence[Planned],
     taken = {run.folder.casefold() for run in earlier}
     trainings = {_training(run.recipe): run.dense for run in earlier if run.dense}
     runs = []
-    for one in combinations:
-        before, training = known.get(_key(one.recipe)), _training(one.recipe)
-        name = before.folder if before else _free(_name(one.values), taken)
+    for combination in combinations:
+        before, training = known.get(_key(combination.recipe)), _training(combination.recipe)
+        name = before.folder if before else _free(_name(combination.values), taken)
         taken.add(name.casefold())
         dense = None if training is None else trainings.setdefault(training, f"dense-{len(trainings) + 1}")
-        runs.append(Planned(one.values, one.recipe, name, dense))
+        runs.append(Planned(combination.values, combination.recipe, name, dense))
     return runs
 
 

@@ -50,7 +50,7 @@ class RunState:
     Attributes:
         model: as it is now; untouched: as it was built, on the CPU.
         stage, epoch: where the run is: "train", "prune" or "finetune", and epochs of it that are done.
-        histories: of the neurons that are left, from training on.
+        histories: of the neurons that remain, from training on.
     """
 
     def __init__(self, prepared: Prepared, data: Data, folder: Path, device: torch.device, track: Track) -> None:

@@ -20,7 +20,7 @@ from dnr_plugin.recipe.schema import Recipe
 from dnr_plugin.reports.comparison import SWEEP, compare_runs
 from dnr_plugin.reports.comparison_report import check_output, write_comparison
 from dnr_plugin.runs.checks import check_ranks, check_recipe
-from dnr_plugin.runs.combinations import Planned, combine, placed_runs, raise_wrong
+from dnr_plugin.runs.combinations import Planned, combine, raise_wrong, with_folders
 from dnr_plugin.runs.run import run_recipe, train_dense
 from dnr_plugin.runs.run_folder import check_folder
 from dnr_plugin.runs.state import Track
@@ -99,7 +99,7 @@ def run_sweep(
     pick_device(device)
     combinations = combine(path, overrides, vary)
     folder = output if output is not None else Path("sweeps") / combinations[0].recipe.name
-    runs = placed_runs(combinations, _earlier(folder, resume), folder)
+    runs = with_folders(combinations, _earlier(folder, resume), folder)
     _check(runs, folder, path, overrides, track)
     check_output(folder / "compare")
     folder.mkdir(parents=True, exist_ok=True)
@@ -107,16 +107,16 @@ def run_sweep(
     outcome = Outcome(folder)
     trained: dict[str, str] = {}  # dense folders, with the reason where that failed
     for number, run in enumerate(runs, 1):
-        place = folder / run.folder
-        say(f"run {number} of {len(runs)}: {place}")
+        run_folder = folder / run.folder
+        say(f"run {number} of {len(runs)}: {run_folder}")
         try:
-            if run.dense is not None and not (place / "recipe.yaml").is_file():
+            if run.dense is not None and not (run_folder / "recipe.yaml").is_file():
                 if run.dense not in trained:
                     trained[run.dense] = _train_dense(run.recipe, folder / run.dense, device, track)
                 if trained[run.dense]:
                     raise RunError(trained[run.dense])
-                _begin(run.recipe, place, folder / run.dense)
-            outcome.reports[run.folder] = run_recipe(run.recipe, place, resume=True, device=device, track=track)
+                _begin(run.recipe, run_folder, folder / run.dense)
+            outcome.reports[run.folder] = run_recipe(run.recipe, run_folder, resume=True, device=device, track=track)
         except (InputError, RunError) as error:
             outcome.failed[run.folder] = "; ".join(str(error).splitlines())
     if outcome.reports:

@@ -35,23 +35,23 @@ def check_timetable(recipe: Recipe, images: int | None) -> None:
         raise InputError(f"train.epochs: expected at least 1 with {why}, found 0")
     if images is None or images < train.batch_size or train.epochs == 0:
         return
-    found = []
+    problems = []
     times = timetable(recipe, images)
     between = times.check_every * train.batch_size
     if recipe.prune.observe.min_samples > between:
-        found.append(
+        problems.append(
             f"prune.observe.min_samples: expected at most {between}, the images from one check to the next, "
             f"found {recipe.prune.observe.min_samples}"
         )
     if dynamics.check_every > train.epochs:
-        found.append(
+        problems.append(
             f"prune.dynamics.check_every: expected at most {train.epochs}, the epochs there are, "
             f"found {dynamics.check_every:g}"
         )
     elif mode == "dynamic":
-        found += _too_short(recipe, times)
-    if found:
-        raise InputError(*found)
+        problems += _too_short(recipe, times)
+    if problems:
+        raise InputError(*problems)
 
 
 def _too_short(recipe: Recipe, times: Timetable) -> list[str]:

@@ -23,7 +23,7 @@ from dnr_plugin.training.trainer import Trainer
 
 
 def train(run: RunState, stage: str, state: Mapping[str, Any] | None) -> None:
-    """Trains for the epochs of a stage that are left, with a checkpoint after each.
+    """Trains for the epochs of a stage that remain, with a checkpoint after each.
 
     Args:
         run: changed.

@@ -197,19 +197,19 @@ def test_values_of_every_kind_become_overrides(tiny: Path) -> None:
     ],
 )  # fmt: skip
 def test_folders_are_named_by_their_values(tiny: Path, tmp_path: Path, vary: list[str], expected: list[str]) -> None:
-    runs = combinations.placed_runs(combine(tiny, [], vary), [], tmp_path)
+    runs = combinations.with_folders(combine(tiny, [], vary), [], tmp_path)
     assert [planned.folder for planned in runs][: len(expected)] == expected
     assert len({planned.folder.casefold() for planned in runs}) == len(runs)
 
 
 def test_only_recipes_that_train_alike_share(tiny: Path, tmp_path: Path) -> None:
     vary = ["train.lr=0.05,0.1", "finetune.epochs=1,2", "name=a,b"]
-    runs = combinations.placed_runs(combine(tiny, [], vary), [], tmp_path)
+    runs = combinations.with_folders(combine(tiny, [], vary), [], tmp_path)
     assert [planned.dense for planned in runs] == ["dense-1"] * 4 + ["dense-2"] * 4
-    runs = combinations.placed_runs(combine(tiny, ["train.epochs=0"], [FLOPS]), [], tmp_path)
+    runs = combinations.with_folders(combine(tiny, ["train.epochs=0"], [FLOPS]), [], tmp_path)
     assert [planned.dense for planned in runs] == [None, None]
     target = ["prune={mode: dynamic, target: {flops: 0.5}},{target: {flops: 0.5}}"]
-    runs = combinations.placed_runs(combine(tiny, [], target), [], tmp_path)
+    runs = combinations.with_folders(combine(tiny, [], target), [], tmp_path)
     assert [planned.dense for planned in runs] == [None, "dense-1"]
 
 

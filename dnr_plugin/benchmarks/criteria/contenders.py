@@ -59,7 +59,7 @@ class HessianMeanImportance(tp.importance.HessianImportance):  # type: ignore[mi
     """``hessian`` with squared gradients averaged over the images, as Torch-Pruning documents it.
 
     `accumulate_grad` of Torch-Pruning 1.6.1 looks parameters up by name in a dictionary that it fills by parameter, so
-    it finds none, and only the last image's gradients are left.
+    it finds none, and only the last image's gradients remain.
     """
 
     def accumulate_grad(self, model: nn.Module) -> None:

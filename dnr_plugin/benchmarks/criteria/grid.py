@@ -37,7 +37,7 @@ class Grid:
 
     @property
     def cells(self) -> list[Key]:
-        return [Key(*one) for one in itertools.product(self.seeds, self.criteria, self.scopes, self.levels)]
+        return [Key(*key) for key in itertools.product(self.seeds, self.criteria, self.scopes, self.levels)]
 
 
 def grid_of(
@@ -51,17 +51,17 @@ def grid_of(
     problems: list[str] = []
 
     def listed(flag: str, text: str, read: Callable[[str], _T]) -> list[_T]:
-        found: list[_T] = []
+        values: list[_T] = []
         for item in (part.strip() for part in text.split(",")):
             try:
                 value = read(item)
             except ValueError as error:
                 problems.append(f"{flag}: expected {error}, found {item!r}{_near(str(error), item)}")
                 continue
-            if value in found:
+            if value in values:
                 problems.append(f"{flag}: expected each once, found {item} again")
-            found.append(value)
-        return found
+            values.append(value)
+        return values
 
     def seed(item: str) -> int:
         if not item.isdecimal() or int(item) >= 2**32:

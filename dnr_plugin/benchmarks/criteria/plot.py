@@ -56,11 +56,11 @@ def best_lines(result: Mapping[str, Any], name: str) -> dict[str, Line]:
 
 def _draw(axes: Axes, result: Mapping[str, Any], name: str) -> None:
     for criterion, line in best_lines(result, name).items():
-        found = [row["accuracy"][name] for row in line]
+        accuracies = [row["accuracy"][name] for row in line]
         axes.errorbar(
             [100 * row["kept_flops"]["mean"] for row in line],
-            [100 * value["mean"] for value in found],
-            yerr=[100 * (value["sd"] or 0.0) for value in found],
+            [100 * value["mean"] for value in accuracies],
+            yerr=[100 * (value["sd"] or 0.0) for value in accuracies],
             label=f"{criterion} ({line[0]['scope']})", markersize=5, elinewidth=0.8, **_style(criterion),
         )  # fmt: skip
     axes.axhline(100 * result["dense"]["mean"], color="black", linestyle="--", linewidth=1, label="dense")

@@ -88,14 +88,14 @@ def run_criteria(
         RunError: a dense training failed.
     """
     check_ranks()
-    place, folder = pick_device(device), Path(output)
+    chosen, folder = pick_device(device), Path(output)
     _check_options(recipe, finetune)
     cells = _earlier(folder, recipe, resume)
     check_recipe(recipe)
     _check_levels(recipe, grid.levels)
     seeds = {seed: seeded(recipe, seed) for seed in grid.seeds}
-    for seed, one in seeds.items():
-        check_folder(dense_folder(folder, seed), one, resume=True)
+    for seed, own_recipe in seeds.items():
+        check_folder(dense_folder(folder, seed), own_recipe, resume=True)
 
     folder.mkdir(parents=True, exist_ok=True)
     _tidy(folder / _CELLS, cells)  # first: with it the folder is that of a benchmark
@@ -107,7 +107,7 @@ def run_criteria(
         for criterion, of_criterion in itertools.groupby(of_seed, key=lambda key: key.criterion):
             keys = list(of_criterion)
             for cell in track(_run_cells(ground, keys, finetune), len(keys), f"seed {seed}, {criterion}"):
-                cell["device"] = device_name(place)
+                cell["device"] = device_name(chosen)
                 with (folder / _CELLS).open("a", encoding="utf-8") as file:
                     file.write(json.dumps(cell) + "\n")
                 cells[_key(cell)] = cell
@@ -163,8 +163,8 @@ def _earlier(folder: Path, recipe: Recipe, resume: bool) -> dict[Key, Cell]:
             f"--output: {folder} holds a benchmark already: add --resume to go on with it, or name another folder"
         )
     if saved.is_file():
-        found = differing_fields(load_recipe(saved), recipe)
-        differing = [field for field in found if not field.startswith(_FREE)]
+        changed = differing_fields(load_recipe(saved), recipe)
+        differing = [field for field in changed if not field.startswith(_FREE)]
         if differing:
             shown = "; ".join(differing[:8]) + (f" and {len(differing) - 8} more" if len(differing) > 8 else "")
             raise InputError(f"--output: {folder} holds a benchmark of another recipe (there, here): {shown}")

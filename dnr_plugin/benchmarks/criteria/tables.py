@@ -61,16 +61,16 @@ def summary(recipe: Recipe, recalibration: int, cells: Sequence[Mapping[str, Any
                 "ours": criterion in OURS,
                 "scope": scope,
                 "level": level,
-                "n": sum(bool(cell["accuracy"]) for cell in found),
-                "kept_flops": _statistics([cell["kept"] for cell in found if cell["kept"] is not None]),
+                "n": sum(bool(cell["accuracy"]) for cell in of_group),
+                "kept_flops": _statistics([cell["kept"] for cell in of_group if cell["kept"] is not None]),
                 "accuracy": {
-                    name: _statistics([cell["accuracy"][name] for cell in found if name in cell["accuracy"]])
+                    name: _statistics([cell["accuracy"][name] for cell in of_group if name in cell["accuracy"]])
                     for name in FIGURES
                 },
-                "reasons": sorted({cell["reason"] for cell in found if cell["reason"]}),
+                "reasons": sorted({cell["reason"] for cell in of_group if cell["reason"]}),
             }
             for criterion, scope, level in order
-            for found in [groups[criterion, scope, level]]
+            for of_group in [groups[criterion, scope, level]]
         ],
     }
 
@@ -102,12 +102,12 @@ def tables(result: Mapping[str, Any]) -> list[Table]:
         tops = [max(of_level, key=lambda row: _mean(row, name)) for of_level in at]
         shown = [f"{top['criterion']}, {top['scope']}: {_shown(top, name, result)}" for top in tops]
         best.append([FIGURES[name], *shown])
-    found = [Table("Best at each level", ["test accuracy, %", *head], best)]
+    listed = [Table("Best at each level", ["test accuracy, %", *head], best)]
     for scope, pair in itertools.product(dict.fromkeys(row["scope"] for row in rows), pairs):
         title = f"Scope {scope}: {FIGURES[pair[0]]} / {FIGURES[pair[1]]}"
         body = _scope_table([row for row in rows if row["scope"] == scope], levels, pair, result)
-        found.append(Table(title, ["criterion", "from", *head], body, words=2))
-    return found
+        listed.append(Table(title, ["criterion", "from", *head], body, words=2))
+    return listed
 
 
 def _scope_table(
@@ -153,12 +153,12 @@ def _mean(row: Mapping[str, Any], name: str) -> float:
 
 
 def _shown(row: Mapping[str, Any], name: str, result: Mapping[str, Any]) -> str:
-    found = row["accuracy"][name]
-    if not found:
+    accuracy = row["accuracy"][name]
+    if not accuracy:
         return "-"
-    spread = "" if found["sd"] is None else f" ± {100 * found['sd']:.1f}"
-    fewer = "" if found["n"] == result["dense"]["n"] else f" (n = {found['n']})"
-    return f"{100 * found['mean']:.1f}{spread}{fewer}"
+    spread = "" if accuracy["sd"] is None else f" ± {100 * accuracy['sd']:.1f}"
+    fewer = "" if accuracy["n"] == result["dense"]["n"] else f" (n = {accuracy['n']})"
+    return f"{100 * accuracy['mean']:.1f}{spread}{fewer}"
 
 
 def notes(result: Mapping[str, Any]) -> list[str]:
@@ -180,7 +180,7 @@ def notes(result: Mapping[str, Any]) -> list[str]:
     for row in result["rows"]:
         for reason in row["reasons"]:
             failed.setdefault((row["criterion"], row["scope"], reason), []).append(f"{100 * row['level']:g} %")
-    lines += [f"{one}, {scope}, {', '.join(at)}: {why}" for (one, scope, why), at in failed.items()]
+    lines += [f"{criterion}, {scope}, {', '.join(at)}: {why}" for (criterion, scope, why), at in failed.items()]
     return lines
 
 

@@ -48,22 +48,22 @@ def left_activations(
 
 
 def _left(model: nn.Module, recorded: list[ActivationCall], chosen: Activation | None) -> list[str]:
-    found: dict[str, None] = {}
+    left: dict[str, None] = {}
     calls: dict[str, list[ActivationCall]] = {}
     for seen in recorded:
         calls.setdefault(seen.name, []).append(seen)
     for name, module in model.named_modules():
         shown = name or "the model"
         if isinstance(module, torch.jit.ScriptModule):
-            found[f"{shown} (scripted, cannot be seen)"] = None
+            left[f"{shown} (scripted, cannot be seen)"] = None
         elif isinstance(module, (*HIDDEN_TYPES, *OTHER_TYPES)):
             if chosen is None or not chosen.is_module(module):
-                found[f"{shown} ({type(module).__name__})"] = None
+                left[f"{shown} ({type(module).__name__})"] = None
         else:
             for seen in calls.get(name, []):
                 if chosen is None or not seen.computes(chosen):
-                    found[f"{shown} ({seen.function})"] = None
-    return list(found)
+                    left[f"{shown} ({seen.function})"] = None
+    return list(left)
 
 
 def activation_summary(model: nn.Module, example: Any) -> dict[str, Any]:
@@ -82,9 +82,9 @@ def activation_summary(model: nn.Module, example: Any) -> dict[str, Any]:
     if spec is None:
         return {"name": None, "places": 0, "left": _left(model, calls, None)}
     chosen = Activation(spec["name"], spec.get("negative_slope", 0.01))
-    places = {name for name, module in model.named_modules() if chosen.is_module(module)}
-    places |= {seen.name for seen in calls if seen.computes(chosen)}
-    return {**chosen.spec(), "places": len(places), "left": _left(model, calls, chosen)}
+    names = {name for name, module in model.named_modules() if chosen.is_module(module)}
+    names |= {seen.name for seen in calls if seen.computes(chosen)}
+    return {**chosen.spec(), "places": len(names), "left": _left(model, calls, chosen)}
 
 
 class ActivationMode(TorchFunctionMode):

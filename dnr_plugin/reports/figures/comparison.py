@@ -1,4 +1,4 @@
-"""The plots of a comparison: accuracy against what is left, beside published results, and dead neurons."""
+"""The plots of a comparison: accuracy against what is kept, beside published results, and dead neurons."""
 
 from __future__ import annotations
 
@@ -186,7 +186,7 @@ def dead_against_figure(comparison: Comparison, runs: Sequence[Run], option: str
 
 
 def _scale(axes: Axes, values: Sequence[float]) -> None:
-    """A logarithmic axis where values span more than a factor of ten, with a place for zero; a tick at each value."""
+    """A logarithmic axis where values span more than a factor of ten, with room for zero; a tick at each value."""
     positive = [value for value in values if value > 0]
     if positive and positive[-1] > 10 * positive[0]:
         if values[0] > 0:
@@ -214,14 +214,14 @@ def _bars(groups: Sequence[Group], key: str) -> list[float] | None:
 
 def _published(runs: Sequence[Run], measure: str) -> list[Published]:
     """What papers say of the networks and data of these runs, each curve once."""
-    found = [
+    curves = [
         curve
         for run in runs
         for curve in published(
             measure, run.option("model.name"), run.option("model.activation") or "relu", run.option("data.name")
         )
     ]
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(curves))
 
 
 def _spelt(curve: Published) -> str:

@@ -64,10 +64,10 @@ def channels_figure(report: Mapping[str, Any]) -> Figure:
     rows = [row for row in report["layers"] if row["type"].startswith(("Conv", "Linear"))]
     figure = Figure(figsize=(8, max(2.5, 0.24 * len(rows) + 1)), layout="constrained")
     axes = figure.subplots()
-    places = range(len(rows))
-    axes.barh(places, [row["channels_before"] for row in rows], color="#d0d4d9", label="dense")
-    axes.barh(places, [row["channels_after"] for row in rows], color="#1f77b4", height=0.5, label="pruned")
-    axes.set_yticks(places, [row["name"] for row in rows], fontsize=8 if len(rows) < 60 else 5)
+    positions = range(len(rows))
+    axes.barh(positions, [row["channels_before"] for row in rows], color="#d0d4d9", label="dense")
+    axes.barh(positions, [row["channels_after"] for row in rows], color="#1f77b4", height=0.5, label="pruned")
+    axes.set_yticks(positions, [row["name"] for row in rows], fontsize=8 if len(rows) < 60 else 5)
     axes.invert_yaxis()
     axes.margins(y=0.01)
     axes.set_xlabel("output channels")
@@ -163,12 +163,12 @@ def layers_figure(report: Mapping[str, Any], events: Sequence[Event]) -> Figure:
     dead, kept, back = np.full((3, len(layers), len(totals)), np.nan)
     first: dict[str, int] = {}
     for event in checks:
-        place = layers.index(event["layer"]), column[event["check"]]
+        cell = layers.index(event["layer"]), column[event["check"]]
         before = first.setdefault(event["layer"], event["neurons"])
         # a layer at the end of its neurons has none to be dead
-        dead[place] = 100 * event["dead"] / max(1, event["neurons"])
-        kept[place] = 100 * event["neurons"] / before
-        back[place] = 100 * event["reactivated"] / before
+        dead[cell] = 100 * event["dead"] / max(1, event["neurons"])
+        kept[cell] = 100 * event["neurons"] / before
+        back[cell] = 100 * event["reactivated"] / before
     # a check tells the state that the time since the one before has led to
     edges = [0.0, *(row["epoch"] for row in totals)]
     figure = Figure(figsize=(11, min(14.0, max(3.0, 0.2 * len(layers) + 1.5))), layout="constrained")
@@ -247,7 +247,7 @@ def _so_far(totals: Sequence[Mapping[str, Any]], name: str) -> list[int]:
 
 
 def _mean(events: Sequence[Event], name: str) -> float:
-    """Over neurons, so that a layer counts by its size; NaN (not drawn) where none is left."""
+    """Over neurons, so that a layer counts by its size; NaN (not drawn) where none remains."""
     neurons: int = sum(event["neurons"] for event in events)
     return float(sum(event["neurons"] * event[name] for event in events) / neurons) if neurons else float("nan")
 
