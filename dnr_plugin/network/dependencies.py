@@ -236,7 +236,7 @@ def uses(group: tp.dependency.Group) -> list[Use]:
     members: dict[int, list[int]] = {}
     for root in group[0].idxs if tied else ():
         members.setdefault(int(unit[root]), []).append(position[root])
-    found = []
+    consumers = []
     for item in group.items:
         dep, channels = item
         module = dep.target.module
@@ -251,8 +251,8 @@ def uses(group: tp.dependency.Group) -> list[Use]:
             channels, neurons = map(list, zip(*carried, strict=True))
         else:
             neurons = [position[root] for root in item.root_idxs]
-        found.append(Use(module, torch.tensor(channels), torch.tensor(neurons)))
-    return found
+        consumers.append(Use(module, torch.tensor(channels), torch.tensor(neurons)))
+    return consumers
 
 
 def channel_groups(group: tp.dependency.Group) -> int:

@@ -98,9 +98,9 @@ def _run(
                 a = kind.batched(a)
                 marked = kind.by_channel(a).isnan().any(2) if a.shape[0] % samples == 0 else None
                 if marked is not None and len(marked) % samples == 0:
-                    found = marked.view(samples, -1, marked.shape[1]).any(1).T
-                    before = seen.get(name, torch.zeros_like(found))
-                    seen[name] = None if before is None or before.shape != found.shape else before | found
+                    arrived = marked.view(samples, -1, marked.shape[1]).any(1).T
+                    before = seen.get(name, torch.zeros_like(arrived))
+                    seen[name] = None if before is None or before.shape != arrived.shape else before | arrived
                 else:
                     seen[name] = None
             return _finite(args), {key: _finite(value) for key, value in kwargs.items()}

@@ -47,10 +47,10 @@ def baseline(
         keep_model: keep a copy, which a latency target is measured against.
         survey: of the model; made here by default.
     """
-    found = (survey or Survey(model, example_inputs)).within(Limits(), {})
+    prunable = (survey or Survey(model, example_inputs)).within(Limits(), {})
     kept = copied(model) if keep_model else None
-    sizes = {layer.name: layer.size for layer in found.layers}
-    return Baseline(flop_report(model, example_inputs), found.neurons, sizes, kept)
+    sizes = {layer.name: layer.size for layer in prunable.layers}
+    return Baseline(flop_report(model, example_inputs), prunable.neurons, sizes, kept)
 
 
 class Target(ABC):
