@@ -15,14 +15,19 @@ from dnr_plugin.errors import InputError
 
 
 @contextlib.contextmanager
-def kept_modes(model: nn.Module) -> Iterator[None]:
+def kept_modes(model: nn.Module, *, attributes: bool = True) -> Iterator[None]:
     """Restores each module's train or eval mode afterwards, and drops tensors that the model kept on itself meanwhile.
 
     Features, attention maps or caches that a forward pass leaves in attributes would hold a graph that `copy.deepcopy`
     refuses. Parameters, buffers and hooks are not looked at.
+
+    Args:
+        model: any network.
+        attributes: whether to drop such tensors.
     """
     modes = {module: module.training for module in model.modules()}
-    kept = {module: _attributes(module) for module in modes if not isinstance(module, LazyModuleMixin)}
+    looked_at = [module for module in modes if attributes and not isinstance(module, LazyModuleMixin)]
+    kept = {module: _attributes(module) for module in looked_at}
     contents = [(v, v.copy()) for values in kept.values() for v in values.values() if type(v) in (dict, list)]
     try:
         yield
@@ -189,6 +194,11 @@ def module_names(model: nn.Module) -> dict[nn.Module, str]:
     while [name for name, _ in model.named_children()] in [[name] for name in _WRAPPED]:
         (_, model), *_ = model.named_children()
     return {module: name for name, module in model.named_modules()}
+
+
+def network_of(model: nn.Module) -> nn.Module:
+    """The network itself, below any wrappers."""
+    return next(iter(module_names(model)))
 
 
 def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:

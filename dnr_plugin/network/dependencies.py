@@ -124,7 +124,7 @@ class _Graph(tp.DependencyGraph):  # type: ignore[misc]
         norms = _Norms()
         self._in_channel_pruning_fn.add(norms.prune_in_channels)
         self._out_channel_pruning_fn.add(norms.prune_out_channels)
-        for kind in (ops.OPTYPE.BN, ops.OPTYPE.IN, ops.OPTYPE.GN):
+        for kind in (ops.OPTYPE.IN, ops.OPTYPE.GN):  # that of BatchNorm is known by name to Torch-Pruning's criteria
             self.REGISTERED_PRUNERS[kind] = norms
 
     def get_pruning_group(self, module: nn.Module, pruning_fn: Any, idxs: Any) -> tp.dependency.Group:

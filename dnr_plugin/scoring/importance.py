@@ -13,7 +13,7 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from dnr_plugin.errors import did_you_mean
-from dnr_plugin.network.calling import module_names
+from dnr_plugin.network.calling import network_of
 from dnr_plugin.network.dependencies import channel_groups, units, uses
 from dnr_plugin.network.kinds import consumer
 from dnr_plugin.network.units import ties
@@ -23,7 +23,7 @@ from dnr_plugin.scoring.correction import correct
 from dnr_plugin.scoring.evidence import Evidence, Verdict, judge, read
 from dnr_plugin.scoring.following import Followed, Pending
 from dnr_plugin.scoring.redundancy import redundancy
-from dnr_plugin.scoring.scores import SCORES, score_neurons
+from dnr_plugin.scoring.scores import SCORES, lexicographic, score_neurons
 
 # Three tiers of float64, far apart: dead neurons below, live ones between, those that must stay above.
 _DEAD, _FLOOR, _CEILING, _KEPT = 1e-30, 1e-20, 1e20, 1e30
@@ -172,7 +172,7 @@ class DyingNeuronImportance(tp.importance.Importance):  # type: ignore[misc]
         Args:
             observer: made by `observer_of`. One of another model starts ``max_pruning_ratio`` anew.
         """
-        if self.observer is not None and _network(self.observer.model) is not _network(observer.model):
+        if self.observer is not None and network_of(self.observer.model) is not network_of(observer.model):
             self._first_size.clear()
             self._order.clear()
         self.observer = observer
@@ -210,7 +210,7 @@ class DyingNeuronImportance(tp.importance.Importance):  # type: ignore[misc]
         if self.prior:
             score *= self._alive(root, group) ** self.prior
         tie_break = score_neurons("magnitude", evidence, n)
-        order = _lexicographic(score, tie_break)
+        order = lexicographic(score, tie_break)
         dead = judge(evidence, n).dead
         live = ~dead
         if self.normalizer is not None and live.any():
@@ -420,14 +420,3 @@ class DyingNeuronImportance(tp.importance.Importance):  # type: ignore[misc]
         mean = torch.zeros(size, dtype=score.dtype).scatter_reduce(0, unit, score, "mean", include_self=False)
         kept[mean.argsort()[size - count :]] = True
         return kept[unit]
-
-
-def _network(model: nn.Module) -> nn.Module:
-    """The network itself, below any wrappers."""
-    return next(iter(module_names(model)))
-
-
-def _lexicographic(first: Tensor, second: Tensor) -> Tensor:
-    """Indices that sort by ``first``, then ``second``, then position."""
-    by_second = second.argsort(stable=True)
-    return by_second[first[by_second].argsort(stable=True)]

@@ -64,3 +64,9 @@ def score_neurons(name: str, evidence: Sequence[Evidence], neurons: int) -> Tens
     assert score.read is not None
     values = torch.stack([e.per_neuron(score.read(e), neurons, score.inside) for e in evidence])
     return values.sum(0) if score.across == "sum" else values.amax(0)
+
+
+def lexicographic(first: Tensor, second: Tensor) -> Tensor:
+    """Indices that sort by ``first``, then ``second``, then position."""
+    by_second = second.argsort(stable=True)
+    return by_second[first[by_second].argsort(stable=True)]

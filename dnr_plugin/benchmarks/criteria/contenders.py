@@ -172,7 +172,7 @@ def build_criterion(name: str, model: nn.Module, data: Calibration, seed: int = 
     Raises:
         Exception: whatever a criterion of Torch-Pruning fails with.
     """
-    with kept_modes(model):
+    with kept_modes(model, attributes=False):
         model.eval()
         torch.manual_seed(seed)
         return CRITERIA[name](model, data)
