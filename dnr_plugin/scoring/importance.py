@@ -409,11 +409,9 @@ class DyingNeuronImportance(tp.importance.Importance):  # type: ignore[misc]
 
     def _kept(self, root: str, group: tp.dependency.Group, score: Tensor) -> Tensor:
         """Marks the best neurons of a whole group, in whole units, that no removal may take."""
-        n = len(score)
-        if n != self._channels(group) or n % channel_groups(group):
-            return torch.zeros(n, dtype=torch.bool)
-        unit = units(group)
-        size = int(unit.max()) + 1
+        if len(score) != self._channels(group) or len(score) % channel_groups(group):
+            return torch.zeros(len(score), dtype=torch.bool)
+        size = int((unit := units(group)).max()) + 1
         first = self._first_size.setdefault(root, size)
         count = min(size, max(self.min_channels, math.ceil(first * (1.0 - self.max_pruning_ratio) - 1e-9)))
         kept = torch.zeros(size, dtype=torch.bool)
