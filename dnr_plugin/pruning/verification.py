@@ -68,6 +68,8 @@ def _at_fault(
     marks = _Marks(names, layers)
     read = read_marks(model, example_inputs, marks.of_layers, marks.count)
     reasons, mixed = marks.misread({name: marked for name, marked in (read or {}).items() if marked is not None})
+    unclear = {name for name, marked in (read or {}).items() if marked is None}  # samples are mixed on the way there
+    mixed |= {layer.name for layer in layers if any(names[use.module] in unclear for use in uses(layer.group))}
     unreached = {name for module, name in names.items() if is_consumer(module)} - set(read or {})
     if read is not None and unreached:
         in_training = read_marks(model, example_inputs, marks.of_layers, marks.count, training=True) or {}
