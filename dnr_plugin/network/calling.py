@@ -96,11 +96,7 @@ def call(model: nn.Module, inputs: Any) -> Any:
 
 def one_sample(inputs: Any) -> Any:
     """The first sample of a tensor, or of each tensor in a sequence or dict."""
-    if isinstance(inputs, Tensor):
-        return inputs[:1]
-    if isinstance(inputs, dict):
-        return {key: one_sample(value) for key, value in inputs.items()}
-    return type(inputs)(one_sample(value) for value in inputs) if isinstance(inputs, list | tuple) else inputs
+    return part_of(inputs, slice(1))
 
 
 def batch_inputs(batch: Any, example: Any = None) -> Any:

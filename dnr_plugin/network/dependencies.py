@@ -60,7 +60,8 @@ class _RecurrentInputs(tp.pruner.function.BasePruningFunc):  # type: ignore[misc
     """How Torch-Pruning shrinks what a recurrent layer reads; it knows of LSTM alone."""
 
     def prune_in_channels(self, layer: nn.Module, idxs: Sequence[int]) -> nn.Module:
-        kept = [k for k in range(layer.input_size) if k not in set(idxs)]  # type: ignore[arg-type]
+        gone = set(idxs)
+        kept = [k for k in range(layer.input_size) if k not in gone]  # type: ignore[arg-type]
         for name, parameter in [*layer.named_parameters()]:
             if name.startswith("weight_ih_l0"):
                 setattr(layer, name, self._prune_parameter_and_grad(parameter, kept, pruning_dim=1))

@@ -141,9 +141,7 @@ class _Marks:
         """Layers of which any unit may be carried by some channels."""
         marked = marked[marked.any(1)]
         inside = [bool((~self.table[unit] | marked).all(1).any()) for unit in range(self.count)]
-        return [
-            layer for layer in self.layers if any(inside[self.first[layer.name] :][: layer.units])
-        ]  # fmt: skip
+        return [layer for layer in self.layers if any(inside[self.first[layer.name] :][: layer.units])]
 
 
 def _starts(layers: Sequence[Layer]) -> Iterator[int]:
