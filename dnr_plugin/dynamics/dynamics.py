@@ -137,7 +137,7 @@ class DyingNeuronDynamics:
         self._due = (-1, False)
         self._inside = False
         self._read: Mapping[str, Any] | None = None
-        self._step, self._next, self._number = 0, when.check_every, 0
+        self._step, self._next, self._number = 0, when.step_of(1), 0
         self.checks = 0
         self.histories: dict[str, CandidateHistory] = {}
         self.skipped: list[tuple[str, str]] = []
@@ -211,8 +211,8 @@ class DyingNeuronDynamics:
 
     def _watch(self) -> None:
         """Opens the observer for the last steps before a check."""
-        watched = self.when.check_every if self.when.watched is None else self.when.watched
-        if self._observer is None and self._next - self._step <= watched:
+        due = self.when.number(self._next)
+        if self._observer is None and self._step >= self.when.watches_from(due):
             self._observer = self.importance.observer_of(self.model, training=True)
             self._observer.__enter__()
 
@@ -257,8 +257,8 @@ class DyingNeuronDynamics:
                 )
             )
         removed, exact, difference = self._remove(judged, zero)
-        self._number = self._step // self.when.check_every
-        self._next = (self._number + 1) * self.when.check_every
+        self._number = self.when.number(self._step)
+        self._next = self.when.step_of(self._number + 1)
         for k, row in enumerate(rows):
             gone, candidates = len(removed.get(row.layer, ())), int(self.histories[row.layer].candidates.sum())
             restored = waiting[row.layer] + row.nominated - gone - candidates
@@ -280,7 +280,7 @@ class DyingNeuronDynamics:
 
     def _move(self, layers: Sequence[Layer]) -> dict[str, int]:
         """Nominates and restores candidates; returns how many of each layer were nominated."""
-        number = self._step // self.when.check_every
+        number = self.when.number(self._step)
         if self.finished or number < self.when.first:
             return {}
         if self._collapsed(layers):
@@ -334,7 +334,7 @@ class DyingNeuronDynamics:
         Returns:
             What was removed, how many of these were zero where they are used, and the change of the outputs by them.
         """
-        number = self._step // self.when.check_every
+        number = self.when.number(self._step)
         gone: dict[str, list[int]] = {}
         if not self.finished:
             gone = self.policy.expired(number, self._number, layers, self.histories, self._score)

@@ -49,11 +49,11 @@ class Policy:
         return isinstance(self.target, Dead)
 
     def __post_init__(self) -> None:
-        when, every = self.when, self.when.check_every
+        when = self.when
         targets = [kind for kind, target in TARGETS.items() if target.resumable]
         if self.kind is not None and self.kind not in targets:
             raise ValueError(f"kind: expected None or one of {', '.join(targets)}, found {self.kind!r}")
-        if every < 1 or not (when.watched is None or 1 <= when.watched <= every):
+        if not when.in_range:
             raise ValueError(f"when: expected 1 <= watched <= check_every, found {when}")
         share, dying = self.target is None or self.target.fits, self.dying_entropy
         for name, fits, expected in (
@@ -66,7 +66,7 @@ class Policy:
         ):
             if not fits:
                 raise ValueError(f"{name}: expected {expected}, found {getattr(self, name)!r}")
-        if self.kind is not None and (when.last - when.first < self.patience or when.last * every > when.until):
+        if self.kind is not None and (when.last - when.first < self.patience or not when.in_time):
             raise ValueError(
                 f"when: expected the first candidates (check {when.first}) to have {self.patience} checks of patience "
                 f"before the last removal (check {when.last}), and that one to come by until, found {when}"
@@ -129,9 +129,7 @@ class Policy:
             before: of the check before.
             layers, histories, score: see `nominate`.
         """
-        every = self.when.check_every
-        removing = {-(-step // every) for step in self.when.remove_at}
-        if removing and not any(before < due <= number for due in removing):
+        if not self.when.removes(number, before):
             return {}
         # a target is met at the last check whoever waits; death is a verdict that takes patience even then
         hurried = number >= self.when.last and not self._only_dead

@@ -23,12 +23,42 @@ class Timetable:
     warmup: int = 0
     remove_at: tuple[int, ...] = ()
 
+    def number(self, step: int) -> int:
+        """The last check up to a step: 0 before the first one."""
+        return step // self.check_every
+
+    def step_of(self, number: int) -> int:
+        """The step of a check."""
+        return number * self.check_every
+
+    def from_step(self, step: int) -> int:
+        """The first check at a step or after it."""
+        return -(-step // self.check_every)
+
+    def watches_from(self, number: int) -> int:
+        """The step before which nothing is read for a check."""
+        return self.step_of(number) - (self.check_every if self.watched is None else self.watched)
+
+    def removes(self, number: int, before: int) -> bool:
+        """Whether a check removes, given the check before it."""
+        return not self.remove_at or any(before < self.from_step(step) <= number for step in self.remove_at)
+
     @property
     def first(self) -> int:
         """The first check that chooses candidates."""
-        return max(1, -(-self.warmup // self.check_every))
+        return max(1, self.from_step(self.warmup))
 
     @property
     def last(self) -> int:
         """The last check that removes."""
-        return -(-max(self.remove_at) // self.check_every) if self.remove_at else self.until // self.check_every
+        return self.from_step(max(self.remove_at)) if self.remove_at else self.number(self.until)
+
+    @property
+    def in_range(self) -> bool:
+        """Whether there are checks, and batches that are read for them."""
+        return self.check_every >= 1 and (self.watched is None or 1 <= self.watched <= self.check_every)
+
+    @property
+    def in_time(self) -> bool:
+        """Whether the last check that removes comes by ``until``."""
+        return self.step_of(self.last) <= self.until

@@ -15,11 +15,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dnr_plugin.errors import InputError, RunError, first_line
+from dnr_plugin.errors import InputError, RunError, did_you_mean, first_line
 from dnr_plugin.models.saved import saved_model
 from dnr_plugin.network.calling import output_difference
 
-FORMATS = ("onnx", "torch")
 LIMIT = 1e-4  # largest relative difference of the outputs that is written
 BATCHES = (1, 3)  # sizes that are compared; neither is the one that is traced
 _TRACED = 2  # torch.export takes a batch of one for a constant
@@ -40,7 +39,7 @@ def export_model(
     Args:
         folder: of a finished run, or written by `saved.save_pruned`.
         file: to be written; there is none yet.
-        format: one of `FORMATS`: "onnx", or "torch" for the archive of `torch.export.save`.
+        format: a key of `FORMATS`: "onnx", or "torch" for the archive of `torch.export.save`.
         shape: of one image, as "3x32x32"; None for what the model's builder says.
         allow_import: see `saved.load_pruned`.
 
@@ -53,11 +52,14 @@ def export_model(
         RunError: the model cannot be exported, or the outputs differ by more than `LIMIT`; no file remains.
     """
     file = Path(file)
+    if format not in FORMATS:
+        hint = did_you_mean(format, FORMATS)
+        raise InputError(f"--format: expected one of {', '.join(FORMATS)}, found {format!r}{hint}")
     if format == "onnx":
         _check_packages()
     _check_file(file)
     model, _, example = saved_model(Path(folder), shape, allow_import)
-    write, read = (_write_onnx, _read_onnx) if format == "onnx" else (_write_torch, _read_torch)
+    write, read = FORMATS[format]
     try:
         # beside the file, so that it appears there as a whole or not at all
         with tempfile.TemporaryDirectory(dir=file.parent, prefix=f".{file.name}.") as scratch, _silent():
@@ -135,6 +137,13 @@ def _read_onnx(file: Path) -> Runner:
     onnxruntime = importlib.import_module("onnxruntime")
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
     return lambda images: torch.from_numpy(session.run(["scores"], {"images": images.numpy()})[0])
+
+
+# How a format is written, and how it is read back.
+FORMATS: dict[str, tuple[Callable[[nn.Module, Tensor, Path], None], Callable[[Path], Runner]]] = {
+    "onnx": (_write_onnx, _read_onnx),
+    "torch": (_write_torch, _read_torch),
+}
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ from dnr_plugin.pruning.targets import Target
 # Of what is saved against what is lost: 0 for "global", 1 for damage per FLOP; docs/criterion.md has the measurement.
 _WEIGHT = 0.7
 SCOPES = ("local", "global", "isomorphic", "cost_aware")
+_WEIGHING = ("cost_aware",)  # the scopes that weigh a score against what the removal saves
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,13 @@ def layer_steps(index: int, layer: Layer, scores: Tensor, dead: Tensor) -> Itera
             yield Step(index, number, units, len(layer.neurons(units)), (highest,), all(unit_dead[k] for k in units))
 
 
-def savings_of(model: nn.Module, report: FlopReport, layers: Sequence[Layer], target: Target) -> list[list[float]]:
-    """What a neuron of each part of each layer saves of what a target counts, as it weighs against its score."""
+def savings_of(
+    model: nn.Module, report: FlopReport, layers: Sequence[Layer], target: Target, scope: str
+) -> list[list[float]]:
+    """What a neuron of each part of each layer saves of what a target counts, as it weighs against its score: 1 for
+    all in the scopes that do not ask."""
+    if scope not in _WEIGHING:
+        return [[1.0] * len(layer.parts) for layer in layers]
     savings = []
     for layer in layers:
         each = layer.size / layer.units

@@ -187,12 +187,7 @@ def plan_removal(
             dead_in[layer.name] = int(is_dead.sum())
         steps += layer_steps(index, layer, scores, is_dead)
     report = flop_report(model, example_inputs)
-    savings = (
-        savings_of(model, report, layers, target)
-        if scope == "cost_aware"
-        else [[1.0] * len(layer.parts) for layer in layers]
-    )
-    steps = ordered(steps, layers, scope, savings)
+    steps = ordered(steps, layers, scope, savings_of(model, report, layers, target, scope))
 
     cost = CostModel(model, report)
     predicted, remaining = [target.measure(cost.flops, cost.params, neurons, dense)], neurons

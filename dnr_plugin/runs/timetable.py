@@ -58,7 +58,7 @@ def _too_short(recipe: Recipe, times: Timetable) -> list[str]:
     """What does not fit into the epochs in which neurons may be removed."""
     dynamics = recipe.prune.dynamics
     end = dynamics.until * recipe.train.epochs
-    if times.remove_at and times.last * times.check_every > times.until:
+    if times.remove_at and not times.in_time:
         return [
             f"prune.dynamics.remove_at: expected epochs with a check up to epoch {end:g}, which is until "
             f"({dynamics.until:g}) of train.epochs ({recipe.train.epochs}), found {max(dynamics.remove_at or []):g}"

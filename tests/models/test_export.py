@@ -103,14 +103,14 @@ def test_a_missing_package_is_named(
 def test_wrong_outputs_leave_no_file(
     saved: Path, place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, wrong: float
 ) -> None:
-    read = export._read_torch
+    write, read = export.FORMATS["torch"]
 
     def wrongly(file: Path) -> export.Runner:
         module = read(file)
         # off in the last batch only
         return lambda images: module(images) + (wrong * 10 if len(images) == 3 else 0)
 
-    monkeypatch.setattr(export, "_read_torch", wrongly)
+    monkeypatch.setitem(export.FORMATS, "torch", (write, wrongly))
     assert main(["export", str(saved), "--format", "torch", "--output", str(place / "model.pt2")]) == 1
     assert "expected the outputs of the model within 0.0001 of the largest, found" in capsys.readouterr().err
     assert not list(place.iterdir())
@@ -155,6 +155,8 @@ def test_what_cannot_be_used_is_refused(saved: Path, place: Path, capsys: pytest
         message = capsys.readouterr().err
         assert expected in message
         assert message.count("\n") == 1
+    with pytest.raises(InputError, match=r"--format: expected one of onnx, torch, found 'torhc'.*torch"):
+        export_model(saved, place / "new.pt2", format="torhc")
     assert (place / "mine.pt2").read_text() == "precious"
     assert [path.name for path in place.iterdir()] == ["mine.pt2"]
 
@@ -170,7 +172,7 @@ def test_a_disk_that_is_full_is_one_line(saved: Path, place: Path, monkeypatch: 
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(export, "_write_torch", full)
+    monkeypatch.setitem(export.FORMATS, "torch", (full, full))
     with pytest.raises(RunError, match=r"model\.pt2: cannot be written: No space left on device"):
         export_model(saved, place / "model.pt2", format="torch")
     assert not list(place.iterdir())

@@ -10,10 +10,12 @@ import pytest
 import yaml
 
 from dnr_plugin.errors import InputError
+from dnr_plugin.models.networks import BUILTIN
 from dnr_plugin.recipe.difference import differing_fields
 from dnr_plugin.recipe.load import load_recipe, write_recipe
 from dnr_plugin.recipe.schema import Recipe
 from dnr_plugin.recipe.schema_wording import option_reference
+from dnr_plugin.recipe.sections import ModelOptions
 
 GOOD = """\
 name: small
@@ -583,3 +585,7 @@ def test_no_pydantic_words_in_any_message(good: Path) -> None:
 def test_infinity_is_not_read_into_any_recipe(good: Path) -> None:
     good.write_text(edited("lr: 0.05", f"lr: {'9' * 40}"))
     assert math.isfinite(load_recipe(good).train.lr)
+
+
+def test_the_help_of_model_name_lists_every_network_of_ours() -> None:
+    assert str(ModelOptions.model_fields["name"].description).startswith(", ".join(BUILTIN) + ";")

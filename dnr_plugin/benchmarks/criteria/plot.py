@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
-from dnr_plugin.benchmarks.criteria.contenders import OURS, THEIRS
+from dnr_plugin.benchmarks.criteria.contenders import CRITERIA, OURS
 from dnr_plugin.benchmarks.criteria.tables import FIGURES, pairs_in
 
 if TYPE_CHECKING:
@@ -75,12 +75,13 @@ def _draw(axes: Axes, result: Mapping[str, Any], name: str) -> None:
 
 
 def _style(criterion: str) -> dict[str, Any]:
-    """Ours in colour and in front; Torch-Pruning's in greys, told apart by marker and dashes."""
+    """Ours in colour and in front; the others in greys, told apart by marker and dashes."""
     from matplotlib import colormaps
 
-    if criterion in OURS:
-        n = OURS.index(criterion)
-        return {"color": colormaps["tab10"](n % 10), "marker": _MARKERS[n], "linewidth": 2, "zorder": 3}
-    n = list(THEIRS).index(criterion)
-    grey = colormaps["Greys"](0.4 + 0.4 * n / len(THEIRS))
-    return {"color": grey, "marker": _MARKERS[n], "linestyle": _DASHES[n % 3], "linewidth": 1.2, "zorder": 2}
+    ours = criterion in OURS
+    n = [name for name in CRITERIA if (name in OURS) == ours].index(criterion)
+    marker = _MARKERS[n % len(_MARKERS)]
+    if ours:
+        return {"color": colormaps["tab10"](n % 10), "marker": marker, "linewidth": 2, "zorder": 3}
+    grey = colormaps["Greys"](0.4 + 0.4 * n / len(CRITERIA))
+    return {"color": grey, "marker": marker, "linestyle": _DASHES[n % 3], "linewidth": 1.2, "zorder": 2}
