@@ -88,7 +88,7 @@ def build(architecture: Mapping[str, Any], allow_import: bool = False, *, fresh:
             f"{ARCHITECTURE}: expected a description of format {FORMAT}, found {architecture.get('format')}"
         )
     model = fresh or rebuild(architecture["builder"], allow_import)
-    modules = dict(model.named_modules())
+    modules = dict(model.named_modules(remove_duplicate=False))  # tensors have every name of theirs
     try:
         for name, attributes in architecture["modules"].items():
             for key, value in attributes.items():

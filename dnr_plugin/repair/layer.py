@@ -51,6 +51,13 @@ class Affine:
         """The layer's own constants, in front of the BatchNorm."""
         return torch.zeros_like(self._scale) if self._bias is None else self._bias.detach().double()
 
+    def outputs(self, x: Tensor) -> Tensor:
+        """What comes out where the weights are multiplied with x, shape [R, in * taps]; [R, out]."""
+        parts = zip(
+            *(t.chunk(self.kind.blocks, d) for t, d in ((x, 1), (self.weights, 0), (self.constants, 0))), strict=True
+        )
+        return torch.cat([a @ weights.T.to(a) + constants.to(a) for a, weights, constants in parts], 1)
+
     def snapshot(self) -> Callable[[], None]:
         """What makes layer and BatchNorm again what they are now, to the bit."""
         modules = [module for module in (self.module, self.norm) if module is not None]
@@ -95,6 +102,7 @@ class LayerRepair:
         damping: lambda, as a share of the mean variance of its inputs; None where the layer was left as it was, since
             no fit served it better.
         left: why it was left as it was, or None.
+        few: whether it was fitted at no more places than an output has weights: more images would serve it.
     """
 
     layer: str
@@ -102,6 +110,7 @@ class LayerRepair:
     error_after: float = 0.0
     damping: float | None = None
     left: str | None = None
+    few: bool = False
 
 
 @dataclass
@@ -158,4 +167,5 @@ class Fit:
         fitted = torch.cat([task.weights for task in tasks]), torch.cat([task.constants for task in tasks])
         layer.assign(*fitted, torch.cat(outputs, 1))
         damping = max((task.damping for task in tasks if task.damping is not None), default=None)
-        return LayerRepair(self.name, before, before if damping is None else after, damping)
+        few = damping is not None and any(task.few for task in tasks)
+        return LayerRepair(self.name, before, before if damping is None else after, damping, few=few)

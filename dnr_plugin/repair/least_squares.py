@@ -68,7 +68,8 @@ class Task:
         damping = self._part(held, some)._damping_by(replace(first, yx=first.yx[some]))
         if damping is None:
             return self
-        moments = first + rest
+        # rows that can be matched whatever they hold prove nothing: those held out stay unseen, to judge later layers
+        moments = first if self.few else first + rest
         solver = _Solver(moments, self.weights, self.constant)
         weights, constants = solver.solve(moments, damping, self.constants)
         for _ in range(_RECTIFIED if self.rectified else 0):
@@ -77,6 +78,11 @@ class Task:
             moments = moments.towards(self.x, torch.where(self.goal <= 0, free, y))
             weights, constants = solver.solve(moments, damping, self.constants)
         return replace(self, weights=weights, constants=constants, damping=damping)
+
+    @property
+    def few(self) -> bool:
+        """Whether there are too few rows to tell a fit from learning them by heart."""
+        return len(self.x) <= self.x.shape[1]
 
     def _part(self, rows: slice, outputs: slice) -> Task:
         return replace(

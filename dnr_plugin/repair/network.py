@@ -22,6 +22,7 @@ Source: He et al., *Channel Pruning for Accelerating Very Deep Neural Networks*,
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from dnr_plugin.errors import RunError
-from dnr_plugin.network.calling import call, kept_modes, module_names
+from dnr_plugin.network.calling import call, kept_modes, module_names, network_of
 from dnr_plugin.network.dependencies import build_graph
 from dnr_plugin.network.flow import Calls
 from dnr_plugin.network.kinds import consumer, is_consumer, kind_of
@@ -41,6 +42,7 @@ from dnr_plugin.repair.reference import Reference
 
 _MAX_UNKNOWNS = 8192  # weights of one output: beyond, the moments of the inputs outgrow memory
 _FOLDED = "its outputs are not one for each image"
+_UNLIKE = "what it gives is not what its weights make of its inputs, as where a hook changes either"
 _OTHERWISE = "{}: the pruned model was expected to run like the dense one, found otherwise"
 
 
@@ -62,6 +64,7 @@ def kept_channels(
         example_inputs: as Torch-Pruning takes them.
         removals: root layer -> neurons, numbered as in the dense model.
     """
+    dense = network_of(dense)
     graph = build_graph(dense, example_inputs)
     modules = dict(dense.named_modules())
     kept = {
@@ -145,6 +148,7 @@ def repair_towards(
     modules = {name: module for module, name in module_names(model).items()}
     left = {name: _left(modules[name]) for name in sites}
     left |= {name: _FOLDED for name in sites if left[name] is None and name not in reference.targets}
+    left |= dict.fromkeys(reference.otherwise, _UNLIKE)
     done = {name: LayerRepair(name, left="it runs more than once, or not at all") for name in kept if name not in sites}
     reached: set[str] = set()
     others: dict[int, Tensor] = {}
@@ -195,6 +199,14 @@ def repair_towards(
     missed = [name for name in reference.targets if left[name] is None and name not in reached]
     if missed:
         raise RunError(_OTHERWISE.format(missed[0]))
+    few = [repair.layer for repair in done.values() if repair.few]
+    if few:
+        more = ", ..." if len(few) > 3 else ""
+        warnings.warn(
+            f"repair: {len(few)} layers ({', '.join(few[:3])}{more}) were fitted at no more places than an output of "
+            f"theirs has weights; more than {reference.count} images would serve them",
+            stacklevel=2,
+        )
     return list(done.values())
 
 

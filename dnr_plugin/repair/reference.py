@@ -17,15 +17,19 @@ from dnr_plugin.network.calling import (
     concatenated,
     kept_modes,
     module_names,
+    output_difference,
     part_of,
     samples_in,
 )
 from dnr_plugin.network.flow import Calls, Site, trace_sites
 from dnr_plugin.network.kinds import consumer, kind_of
+from dnr_plugin.repair.layer import Affine
 from dnr_plugin.repair.places import CHUNK, Places
 
 # Places of each image, and for each weight of an output, at which layers are compared.
 _PER_IMAGE, _PER_UNKNOWN = 16, 1.5
+_CHECKED = 4  # images with which a layer's own computation is checked
+_UNLIKE, _UNLIKE_16_BITS = 1e-2, 0.1  # of the largest output; far beyond rounding, TensorFloat-32 included
 
 
 class Reference:
@@ -71,6 +75,8 @@ class Reference:
         }
         fitted = {name: site for name, site in self.sites.items() if kind_of(modules[name]).unrepaired is None}
         self.targets = _targets(dense, fitted, self.places, self.images)
+        few = min(_CHECKED, *(places.chunk for places in self.places.values()))
+        self.otherwise = _otherwise(dense, fitted, self.places, part_of(self.images, slice(few)))
 
     def _per_image(self, module: nn.Module) -> int:
         """Places of an image at which a layer is compared."""
@@ -87,6 +93,45 @@ class Reference:
         there = copy.copy(places)
         there.per_image = min(places.per_image, self._per_image(module))
         return there, targets.view(self.count, -1, targets.shape[1])[:, : there.per_image].flatten(0, 1)
+
+
+def _otherwise(dense: nn.Module, sites: Mapping[str, Site], places: Mapping[str, Places], images: Any) -> set[str]:
+    """Layers whose outputs, behind their BatchNorm, are not what `Affine` says, as where hooks have a hand in them."""
+    modules = {name: module for module, name in module_names(dense).items()}
+    expected: dict[str, Tensor] = {}
+    differing: set[str] = set()
+    handles = []
+
+    def expect(name: str, norm: str | None) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            layer, positions = Affine(module, modules[norm] if norm is not None else None), places[name].of_chunk(0)
+            expected[name] = layer.outputs(
+                layer.kind.rows(args[0], positions).to(torch.promote_types(output.dtype, torch.float32))
+            )
+
+        return hook
+
+    def compare(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            given = places[name].pick(consumer(modules[name]).by_channel(output), 0).to(expected[name])
+            limit = _UNLIKE if output.element_size() > 2 else _UNLIKE_16_BITS
+            if bool(given.isfinite().all()) and not output_difference([given], [expected[name]])[1] <= limit:
+                differing.add(name)
+
+        return hook
+
+    for name in places:
+        if name in sites and places[name].positions:
+            handles.append(modules[name].register_forward_hook(expect(name, sites[name].norm)))
+            handles.append(modules[sites[name].norm or name].register_forward_hook(compare(name)))
+    try:
+        with kept_modes(dense):
+            dense.eval()
+            call(dense, images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return differing
 
 
 def _some(images: Any, example: Any, most: int) -> Any:

@@ -1,0 +1,105 @@
+"""One network of the zoo, from its builder to the reloaded file."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from dnr_plugin.benchmarks.zoo.networks import Entry
+from dnr_plugin.errors import RunError, TargetError
+from dnr_plugin.models.build import rebuild
+from dnr_plugin.models.saved import load_pruned, save_pruned
+from dnr_plugin.network.calling import call, copied, eval_outputs, kept_modes, output_difference, tensors
+from dnr_plugin.network.cost import flop_report
+from dnr_plugin.pruning.plan import plan_removal
+from dnr_plugin.pruning.removal import prune_neurons
+from dnr_plugin.repair.network import repair_network
+from dnr_plugin.scoring.importance import DyingNeuronImportance
+
+_IMAGES = 8
+
+
+def try_network(entry: Entry, flops: float, tell: Callable[[str, Any], None]) -> None:
+    """Observes a network on random images, prunes it to a share of its FLOPs, repairs it, trains it for one step, saves
+    it and loads it again.
+
+    Args:
+        entry: the network.
+        flops: share that is to remain.
+        tell: takes what came out as it comes, as (name, value).
+
+    Raises:
+        InputError, RunError: it cannot be done, with the reason.
+    """
+    torch.manual_seed(0)
+    started = time.perf_counter()
+    model = rebuild(entry.builder, allow_import=True)
+    _spread(model)
+    images = [_images(entry, 2, seed) for seed in range(_IMAGES // 2)]
+    example = images[0]
+    dense = copied(model)
+    importance = DyingNeuronImportance()
+    with importance.observe(model), kept_modes(model), torch.no_grad():
+        model.eval()
+        for batch in images:
+            call(model, batch)
+    before = flop_report(model, example)
+    tell("dense", {"flops": before.flops, "params": before.params})
+    tell("observed", time.perf_counter() - started)
+    try:
+        plan = plan_removal(model, example, importance, "flops", flops)
+    except TargetError as error:
+        if error.plan is None:
+            raise
+        plan, note = error.plan, str(error)
+        tell("note", note)
+    tell("planned", time.perf_counter() - started)
+    tell("neurons", plan.dense_neurons)
+    tell("left", [list(pair) for pair in plan.skipped])
+    prune_neurons(model, example, plan.removals, importance=importance)
+    after = flop_report(model, example)
+    tell("pruned", {"flops": after.flops, "params": after.params})
+    tell("neurons_removed", plan.removed)
+    _step(model, example)
+    pruned = copied(model)
+    repairs = repair_network(pruned, dense, example, plan.removals, images)
+    reference = eval_outputs(dense, example)
+    tell("error", [output_difference(reference, eval_outputs(m, example))[1] for m in (model, pruned)])
+    tell("repaired", sum(repair.left is None for repair in repairs) if repairs else 0)
+    with tempfile.TemporaryDirectory() as folder:
+        save_pruned(model, folder, entry.builder)
+        reloaded = load_pruned(folder, allow_import=True)
+    same = [
+        torch.equal(a, b) for a, b in zip(eval_outputs(model, example), eval_outputs(reloaded, example), strict=True)
+    ]
+    if not all(same):
+        raise RunError("the reloaded model gives other outputs")
+    tell("seconds", time.perf_counter() - started)
+
+
+def _images(entry: Entry, count: int, seed: int) -> Any:
+    generator = torch.Generator().manual_seed(seed)
+    inputs = tuple(torch.randn(count, *shape, generator=generator) for shape in entry.shapes)
+    return inputs[0] if len(inputs) == 1 else inputs
+
+
+def _spread(model: nn.Module) -> None:
+    """Norms that differ from channel to channel, as in a trained network."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.weight is not None:
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, 0.0, 0.1)
+
+
+def _step(model: nn.Module, example: Any) -> None:
+    """One step of training."""
+    trained = copied(model).train()
+    optimizer = torch.optim.SGD(trained.parameters(), lr=1e-4)
+    outputs = [out for out in tensors(call(trained, example)) if out.is_floating_point() and out.grad_fn is not None]
+    torch.stack([out.double().square().mean() for out in outputs]).sum().backward()  # type: ignore[no-untyped-call]
+    optimizer.step()
