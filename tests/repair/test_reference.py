@@ -122,10 +122,10 @@ def test_a_layer_that_a_hook_changes_is_left_and_named(hooked: str) -> None:
 
 def test_too_few_images_are_named() -> None:
     dense = Small().eval()
-    few = images(8, 3, 4, 4)
+    few = images(40, 3, 8, 8)
     model = pruned(dense, few[:1])
-    with pytest.warns(UserWarning, match="repair: .* layers .*b.* were fitted at no more places .* more than 8 images"):
-        repairs = repair_network(model, dense, few[:1], REMOVED, few)
+    with pytest.warns(UserWarning, match="repair: .* layers .*b.* were fitted at no more places .* more than 40 images"):
+        repairs = repair_network(model, dense, few[:1], REMOVED, few, rows=40)
     assert [repair.few for repair in repairs if repair.layer == "b"] == [True]
     model = pruned(dense, few[:1])
     repairs = repair_network(model, dense, few[:1], REMOVED, images(256, 3, 8, 8))
