@@ -12,6 +12,7 @@ from torch import Tensor
 from dnr_plugin.linalg import factor, outer_products
 
 _DAMPINGS = (1e-7, 1e-3, 1e-2, 1e-1, 1.0)  # shares of the inputs' mean variance
+_HARDER = (3.0, 10.0)  # where there are few rows
 HELD_OUT = 0.25  # share of the images that chooses among them
 _TRIED = 128  # outputs that they are tried with, at most
 _RECTIFIED = 3  # rounds in which outputs below zero are let go
@@ -65,7 +66,8 @@ class Task:
         y = self.goal - self.other
         first, rest = _Moments.of(self.x[fitted], y[fitted]), _Moments.of(self.x[held], y[held])
         some = slice(None, None, -(-len(self.weights) // _TRIED))
-        damping = self._part(held, some)._damping_by(replace(first, yx=first.yx[some]))
+        dampings = (*_DAMPINGS, *_HARDER) if self.few else _DAMPINGS
+        damping = self._part(held, some)._damping_by(replace(first, yx=first.yx[some]), dampings)
         if damping is None:
             return self
         # rows that can be matched whatever they hold prove nothing: those held out stay unseen, to judge later layers
@@ -90,14 +92,14 @@ class Task:
             weights=self.weights[outputs], constants=self.constants[outputs],
         )  # fmt: skip
 
-    def _damping_by(self, moments: _Moments) -> float | None:
+    def _damping_by(self, moments: _Moments, dampings: Sequence[float]) -> float | None:
         """The damping with which a fit to other rows, of these moments, serves this task best; None where none does."""
         solver = _Solver(moments, self.weights, self.constant)
 
         def loses(damping: float) -> float:
             return self.lacking(self._outputs(*solver.solve(moments, damping, self.constants)))
 
-        damping, least = _first_minimum(loses, _DAMPINGS)
+        damping, least = _first_minimum(loses, dampings)
         return damping if least < self.lacking(self.outputs()) else None
 
     def outputs(self) -> Tensor:
