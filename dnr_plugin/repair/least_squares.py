@@ -71,13 +71,13 @@ class Task:
         if damping is None:
             return self
         # rows that can be matched whatever they hold prove nothing: those held out stay unseen, to judge later layers
-        moments = first if self.few else first + rest
+        rows, moments = (fitted, first) if self.few else (slice(None), first + rest)
         solver = _Solver(moments, self.weights, self.constant)
         weights, constants = solver.solve(moments, damping, self.constants)
         for _ in range(_RECTIFIED if self.rectified else 0):
             # below zero the outputs need not agree, only stay below
             free = torch.minimum(self._outputs(weights, constants), -self.other)
-            moments = moments.towards(self.x, torch.where(self.goal <= 0, free, y))
+            moments = moments.towards(self.x[rows], torch.where(self.goal <= 0, free, y)[rows])
             weights, constants = solver.solve(moments, damping, self.constants)
         return replace(self, weights=weights, constants=constants, damping=damping)
 
