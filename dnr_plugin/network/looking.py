@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ def prepared(model: nn.Module) -> Iterator[None]:
     - a recurrent layer is one product with its input, not a loop over time.
     """
     in_place = [module for module in model.modules() if getattr(module, "inplace", False) is True]
-    forwards: list[nn.Module] = []
+    forwards: dict[nn.Module, Any] = {}
     swapped: list[tuple[nn.Module, str, nn.Module]] = []
     try:
         for module in in_place:
@@ -35,21 +35,18 @@ def prepared(model: nn.Module) -> Iterator[None]:
         for module in [*model.modules()]:
             kind = kind_of(module)
             if isinstance(module, nn.modules.instancenorm._InstanceNorm) and kind.stock:
-                module.__dict__["forward"] = Tensor.clone
-                forwards.append(module)
+                forwards[module] = Tensor.clone
             elif isinstance(kind, Recurrent) and kind.stock:
-                module.__dict__["forward"] = kind.stand_in
-                forwards.append(module)
+                forwards[module] = kind.stand_in
             for name, child in module._modules.items():
                 if isinstance(child, nn.PReLU) and child.num_parameters == 1:
                     swapped.append((module, name, child))
                     module._modules[name] = nn.LeakyReLU(float(child.weight.detach()))
-        yield
+        with _running(forwards):
+            yield
     finally:
         for module in in_place:
             module.inplace = True  # type: ignore[assignment]
-        for module in forwards:
-            del module.__dict__["forward"]
         for module, name, child in swapped:
             module._modules[name] = child
 
@@ -67,28 +64,40 @@ def transparent_norms(model: nn.Module, *, batch: bool = False) -> Iterator[None
     if batch:
         types += (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd)
     norms = [module for module in model.modules() if isinstance(module, types) and kind_of(module).stock]
+    with _running(dict.fromkeys(norms, Tensor.clone)):
+        yield
+
+
+@contextlib.contextmanager
+def _running(forwards: Mapping[nn.Module, Any]) -> Iterator[None]:
+    """Lets modules run by another ``forward``."""
+    before = {module: module.__dict__["forward"] for module in forwards if "forward" in module.__dict__}
     try:
-        for module in norms:
-            module.__dict__["forward"] = Tensor.clone
+        for module, forward in forwards.items():
+            module.__dict__["forward"] = forward
         yield
     finally:
-        for module in norms:
-            module.__dict__.pop("forward", None)
+        for module in forwards:
+            if module in before:
+                module.__dict__["forward"] = before[module]
+            else:
+                del module.__dict__["forward"]
 
 
-class OutOfTime(Exception):
-    """What should have ended did not."""
+class OutOfTime(BaseException):
+    """What should have ended did not. No ``except Exception`` inside swallows it."""
 
 
 @contextlib.contextmanager
 def at_most(seconds: float) -> Iterator[None]:
     """Ends with `OutOfTime` what runs longer inside, where it is Python that runs."""
-    thread, lock, state = threading.get_ident(), threading.Lock(), {"inside": True}
+    thread, lock, state = threading.get_ident(), threading.Lock(), {"inside": True, "over": False}
     raise_in: Any = ctypes.pythonapi.PyThreadState_SetAsyncExc
 
     def stop() -> None:
         with lock:
             if state["inside"]:
+                state["over"] = True
                 raise_in(ctypes.c_ulong(thread), ctypes.py_object(OutOfTime))
 
     timer = threading.Timer(seconds, stop)
@@ -96,8 +105,14 @@ def at_most(seconds: float) -> Iterator[None]:
     timer.start()
     try:
         yield
+    except OutOfTime:
+        state["over"] = False
+        raise
     finally:
         with lock:
             state["inside"] = False
-            raise_in(ctypes.c_ulong(thread), None)  # one that is on its way still
         timer.cancel()
+        # one that is on its way still arrives here; calling it back would leave the interpreter waiting for it for ever
+        with contextlib.suppress(OutOfTime):
+            for _ in range(1000 * state["over"]):
+                pass

@@ -125,7 +125,9 @@ def test_too_few_images_are_named() -> None:
     nn.init.constant_(dense.norm.bias, 1.0)  # what is removed has a mean, which a fit makes up for in any case
     few = images(40, 3, 8, 8)
     model = pruned(dense, few[:1])
-    with pytest.warns(UserWarning, match="repair: .* layers .*b.* were fitted at no more places .* more than 40 images"):
+    with pytest.warns(
+        UserWarning, match="repair: .* layers .*b.* were fitted at no more places .* more than 40 images"
+    ):
         repairs = repair_network(model, dense, few[:1], REMOVED, few, rows=40)
     assert [repair.few for repair in repairs if repair.layer == "b"] == [True]
     model = pruned(dense, few[:1])
