@@ -330,6 +330,11 @@ class PruneOptions(Section):
     ignored: Annotated[list[str], _REMOVING] = Field(
         default=[], description="layers left alone, by name or shell pattern (layer4.*)"
     )
+    verify: Annotated[bool, _REMOVING] = Field(
+        default=True,
+        description="check Torch-Pruning's groups before they are used, on a copy of the network; what is at fault is "
+        "left alone",
+    )
     fold: Annotated[bool, _REMOVING] = Field(
         default=True,
         description="move a removed neuron's mean into the next bias or BatchNorm; where recalibrate follows, it takes "

@@ -128,7 +128,7 @@ def check_score(recipe: Recipe) -> None:
 def limits_of(recipe: Recipe) -> Limits:
     """What the recipe allows to be removed."""
     prune = recipe.prune
-    return Limits(prune.ignored, prune.round_to, prune.max_pruning_ratio)
+    return Limits(prune.ignored, prune.round_to, prune.max_pruning_ratio, verify=prune.verify)
 
 
 def check_pressure(model: nn.Module, recipe: Recipe) -> None:

@@ -9,7 +9,8 @@ import pytest
 from dnr_plugin.dynamics.timetable import Timetable
 from dnr_plugin.errors import InputError
 from dnr_plugin.recipe.load import load_recipe
-from dnr_plugin.runs.checks import check_live_noise
+from dnr_plugin.pruning.layers import Limits
+from dnr_plugin.runs.checks import check_live_noise, limits_of
 from dnr_plugin.runs.timetable import check_timetable, timetable
 
 # 320 images in batches of 32: ten steps an epoch, ten epochs
@@ -164,3 +165,9 @@ def test_noise_on_live_neurons_needs_checks_that_take_place(tiny: Path) -> None:
     check_timetable(load_recipe(tiny, [noise]), 192)
     with pytest.raises(InputError, match=r"prune\.dynamics\.check_every: expected at most 2"):
         check_timetable(load_recipe(tiny, [noise, "prune.dynamics={check_every: 50}"]), 192)
+
+
+def test_limits_are_those_of_the_recipe(tiny: Path) -> None:
+    given = ["prune.ignored=[fc]", "prune.round_to=2", "prune.max_pruning_ratio=0.6", "prune.verify=false"]
+    assert limits_of(load_recipe(tiny, given)) == Limits(["fc"], 2, 0.6, verify=False)
+    assert limits_of(load_recipe(tiny)).verify

@@ -55,7 +55,7 @@ MONAI = _foreign(
 )  # fmt: skip
 
 SMP = _foreign(
-    "segmentation_models_pytorch", "segmentation_models_pytorch", (3, 64, 64),
+    "segmentation_models_pytorch", "segmentation_models_pytorch", (3, 128, 128),
     {
         name: {"encoder_name": encoder, "encoder_weights": None, "classes": 2}
         for name, encoder in {
