@@ -44,6 +44,9 @@ def _ties(group: tp.dependency.Group, size: int) -> Tensor:
         return set(graph.get_pruning_group(module, prune, list(indices))[0].idxs)
 
     unit = torch.arange(size)
+    steps = (step for item in group.items for step in item.dep.target.dependencies)
+    if all(mapping is None for step in steps for mapping in step.index_mapping):
+        return unit  # every member is numbered as the root is
     # any two indices differ in some digit: where no half of them, by any digit, draws others in, none does
     digits = range((size - 1).bit_length())
     halves = [[k for k in range(size) if k >> digit & 1 == side] for digit in digits for side in (0, 1)]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dnr_plugin.errors import InputError, did_you_mean, first_line
 from dnr_plugin.network.calling import eval_outputs, one_sample, without_hooks
-from dnr_plugin.network.dependencies import build_graph
+from dnr_plugin.network.graph import build_graph
 from dnr_plugin.pruning.folding import fold_means
 from dnr_plugin.pruning.optimizer import follow_optimizer
 from dnr_plugin.scoring.importance import DyingNeuronImportance

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 from dnr_plugin.errors import first_line
 from dnr_plugin.network.calling import copied, eval_outputs, output_difference, without_hooks
-from dnr_plugin.network.dependencies import build_graph, inexact_reason, uses
+from dnr_plugin.network.dependencies import inexact_reason, uses
+from dnr_plugin.network.graph import build_graph
 from dnr_plugin.network.kinds import consumer, is_consumer
 from dnr_plugin.network.looking import transparent_norms
 from dnr_plugin.network.probe import Mark, carriers, codes, read_marks

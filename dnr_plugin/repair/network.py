@@ -33,8 +33,8 @@ from torch import Tensor, nn
 
 from dnr_plugin.errors import RunError
 from dnr_plugin.network.calling import call, kept_modes, module_names, network_of
-from dnr_plugin.network.dependencies import build_graph
 from dnr_plugin.network.flow import Calls
+from dnr_plugin.network.graph import build_graph
 from dnr_plugin.network.kinds import consumer, is_consumer, kind_of
 from dnr_plugin.repair.layer import Affine, Fit, LayerRepair
 from dnr_plugin.repair.pair import fit_pair

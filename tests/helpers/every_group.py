@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from dnr_plugin.network.batchnorm import recalibrate_batchnorm
-from dnr_plugin.network.dependencies import build_graph, channel_groups, output_layers
+from dnr_plugin.network.dependencies import channel_groups, output_layers
+from dnr_plugin.network.graph import build_graph
 
 
 def images(samples: int, size: int = 8, seed: int = 0) -> Tensor:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from dnr_plugin.network.dependencies import build_graph
+from dnr_plugin.network.graph import build_graph
 from dnr_plugin.scoring.importance import DyingNeuronImportance
 from helpers.activities import numpy_octave
 from helpers.networks import images

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dnr_plugin.network.batchnorm import affine, assign_affine, recalibrate_batchnorm
 from dnr_plugin.network.calling import batch_inputs, kept_modes
-from dnr_plugin.network.dependencies import build_graph
+from dnr_plugin.network.graph import build_graph
 from dnr_plugin.pruning.folding import fold_means
 from dnr_plugin.scoring.importance import DyingNeuronImportance
 

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from dnr_plugin.errors import InputError
 from dnr_plugin.network.calling import tensors
 from dnr_plugin.network.dependencies import (
-    build_graph,
     channel_groups,
     inexact_reason,
     isomorphism_class,
     output_layers,
     uses,
 )
+from dnr_plugin.network.graph import build_graph
 
 Pair = namedtuple("Pair", "features logits")
 

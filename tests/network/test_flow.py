@@ -13,8 +13,8 @@ from helpers.networks import images, make
 from torch import Tensor, nn
 
 from dnr_plugin.models.build import build_model
-from dnr_plugin.network.dependencies import build_graph
 from dnr_plugin.network.flow import Calls, Site, trace_sites
+from dnr_plugin.network.graph import build_graph
 from dnr_plugin.pruning.removal import prune_neurons
 from dnr_plugin.recipe.sections import ModelOptions
 

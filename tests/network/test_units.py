@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from dnr_plugin.network.dependencies import all_groups, build_graph, units
+from dnr_plugin.network.dependencies import units
+from dnr_plugin.network.graph import all_groups, build_graph
 from dnr_plugin.network.units import joined, ties
 
 

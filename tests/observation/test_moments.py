@@ -12,7 +12,7 @@ from helpers.activities import read
 from helpers.networks import images, make
 from torch import nn
 
-from dnr_plugin.network.dependencies import build_graph
+from dnr_plugin.network.graph import build_graph
 from dnr_plugin.network.kinds import consumer
 from dnr_plugin.observation import observer
 from dnr_plugin.observation.moments import MAX_FEATURES, MAX_PATCH, Moments

@@ -10,7 +10,8 @@ import torchvision
 from torch import Tensor, nn
 
 from dnr_plugin.network.cost import count_params, flop_report
-from dnr_plugin.network.dependencies import build_graph, channel_groups, units
+from dnr_plugin.network.dependencies import channel_groups, units
+from dnr_plugin.network.graph import build_graph
 from dnr_plugin.pruning.cost_model import CostModel, effect_per_unit
 from dnr_plugin.pruning.removal import prune_neurons
 

@@ -12,7 +12,7 @@ import torch_pruning as tp
 from torch import Tensor, nn
 from torch.optim import SGD, Adafactor, Adam, AdamW, Optimizer
 
-from dnr_plugin.network.dependencies import build_graph
+from dnr_plugin.network.graph import build_graph
 from dnr_plugin.pruning.optimizer import follow_optimizer
 
 X = torch.randn(8, 3, 6, 6, generator=torch.Generator().manual_seed(1))

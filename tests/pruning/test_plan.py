@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from dnr_plugin.errors import InputError, TargetError
 from dnr_plugin.network.calling import kept_modes, output_difference
 from dnr_plugin.network.cost import count_params, flop_report
-from dnr_plugin.network.dependencies import build_graph
+from dnr_plugin.network.graph import build_graph
 from dnr_plugin.pruning import plan as planning
 from dnr_plugin.pruning.layers import Limits
 from dnr_plugin.pruning.plan import Plan, check_target, plan_removal, reachable

@@ -18,7 +18,7 @@ from dnr_plugin.errors import InputError, RunError
 from dnr_plugin.models.build import build_model
 from dnr_plugin.network.batchnorm import recalibrate_batchnorm
 from dnr_plugin.network.calling import eval_outputs
-from dnr_plugin.network.dependencies import build_graph
+from dnr_plugin.network.graph import build_graph
 from dnr_plugin.observation import moments
 from dnr_plugin.pruning.plan import plan_removal
 from dnr_plugin.pruning.removal import prune_neurons

@@ -8,8 +8,8 @@ import pytest
 
 from dnr_plugin.dynamics.timetable import Timetable
 from dnr_plugin.errors import InputError
-from dnr_plugin.recipe.load import load_recipe
 from dnr_plugin.pruning.layers import Limits
+from dnr_plugin.recipe.load import load_recipe
 from dnr_plugin.runs.checks import check_live_noise, limits_of
 from dnr_plugin.runs.timetable import check_timetable, timetable
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from helpers.networks import images, make
 from torch import Tensor, nn
 
-from dnr_plugin.network.dependencies import build_graph
+from dnr_plugin.network.graph import build_graph
 from dnr_plugin.observation.entropy import octaves
 from dnr_plugin.scoring.evidence import histograms
 from dnr_plugin.scoring.importance import DyingNeuronImportance

@@ -29,7 +29,7 @@ from helpers.importance import (
 from helpers.networks import NETS, Grouped, Plain, images, make
 from torch import Tensor, nn
 
-from dnr_plugin.network.dependencies import build_graph
+from dnr_plugin.network.graph import build_graph
 from dnr_plugin.scoring.importance import DyingNeuronImportance
 from dnr_plugin.scoring.scores import SCORES
 

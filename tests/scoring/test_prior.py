@@ -14,7 +14,7 @@ from helpers.whole_runs import Killed, assert_same, lasting, stopping_after
 from torch import nn
 
 from dnr_plugin.errors import InputError
-from dnr_plugin.network.dependencies import build_graph
+from dnr_plugin.network.graph import build_graph
 from dnr_plugin.observation.history import NeuronHistory
 from dnr_plugin.pruning.plan import plan_removal
 from dnr_plugin.pruning.removal import prune_neurons

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch_pruning.pruner.importance import ActivationImportance, FPGMImportance, OBDCImportance
 
 from dnr_plugin.network.calling import kept_modes
-from dnr_plugin.network.dependencies import build_graph
+from dnr_plugin.network.graph import build_graph
 from dnr_plugin.observation.history import NeuronHistory
 from dnr_plugin.pruning.groups import prunable_layers
 from dnr_plugin.pruning.layers import Limits
