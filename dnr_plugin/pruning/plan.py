@@ -22,6 +22,8 @@ from dnr_plugin.pruning.removal import prune_neurons
 from dnr_plugin.pruning.targets import Baseline, Dead, Target, baseline, target_of
 from dnr_plugin.scoring.importance import DyingNeuronImportance
 
+_EXACT = 1e-9  # of a share: a prediction that comes so close was no guess
+
 
 @dataclass
 class Plan:
@@ -253,22 +255,28 @@ def plan_removal(
 
 
 def _first_reached(target: Target, predicted: Sequence[float], measured: Callable[[int], float]) -> tuple[int, float]:
-    """The first removal step at which the target is met, by prediction corrected with measurements."""
-    last, error = len(predicted) - 1, 0.0
+    """The first removal step at which the target is met: one less measures, or is known exactly, to miss it.
+
+    Steps are guessed by prediction corrected with the last measurement; every third is the middle of what is open, for
+    networks that cost otherwise than predicted.
+    """
+    last, error, tries = len(predicted) - 1, 0.0, 0
     missed, met, best = -1, last + 1, 0.0  # the target is missed up to here, met from here on
-    while True:
+    while met - 1 > missed:
+        tries += 1
         guess = next((k for k in range(last + 1) if target.reached(predicted[k] + error)), last)
-        count = min(max(guess, missed + 1), met - 1)
+        count = (missed + met) // 2 if tries % 3 == 0 else min(max(guess, missed + 1), met - 1)
         achieved = measured(count)
         error = achieved - predicted[count]
         if target.reached(achieved):
             met, best = count, achieved
+            if abs(error) < _EXACT and count and not target.reached(predicted[count - 1] + error):
+                break
         elif count == last:
             raise target.unreachable(achieved)
         else:
             missed = count
-        if met - 1 == missed or (met <= last and not target.reached(predicted[met - 1] + error)):
-            return met, best
+    return met, best
 
 
 def _bisect(last: int, target: Target, measured: Callable[[int], float]) -> tuple[int, float]:
