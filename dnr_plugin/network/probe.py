@@ -157,6 +157,6 @@ def carriers(table: Tensor, marked: Tensor) -> Iterator[int | None]:
         table: of `codes`.
         marked: bool, shape [channels, length].
     """
-    known = {tuple(code): unit for unit, code in enumerate(table.tolist())}
+    known = {tuple(code): unit for unit, code in enumerate(table.tolist())} if len(marked) else {}
     for samples in marked.tolist():
         yield known.get(tuple(samples))

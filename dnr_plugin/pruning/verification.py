@@ -132,7 +132,7 @@ class _Marks:
                 if len(others) and bool(others.all()):  # every neuron, not just some that are added in another order
                     mixed.add(layer.name)
         for name, marked in read.items():
-            for unit in carriers(self.table, marked[~told[name]]):
+            for unit in carriers(self.table, marked[~told[name] & marked.any(1)]):
                 if unit is not None and unit < self.count:
                     layer, _ = self.owner[unit]
                     reasons.setdefault(layer.name, f"{name} reads its neurons at channels that Torch-Pruning leaves")
