@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -143,11 +143,19 @@ def samples_in(inputs: Any) -> int:
 
 def part_of(inputs: Any, samples: slice) -> Any:
     """Some of the samples of a tensor, or of each tensor in a sequence or dict."""
+    return mapped(lambda a: a[samples], inputs)
+
+
+def mapped(function: Callable[[Tensor], Tensor], inputs: Any) -> Any:
+    """A function of a tensor, or of each tensor in a sequence or dict; what is no tensor stays."""
     if isinstance(inputs, Tensor):
-        return inputs[samples]
+        return function(inputs)
     if isinstance(inputs, dict):
-        return {key: part_of(value, samples) for key, value in inputs.items()}
-    return type(inputs)(part_of(value, samples) for value in inputs) if isinstance(inputs, list | tuple) else inputs
+        return {key: mapped(function, value) for key, value in inputs.items()}
+    if not isinstance(inputs, list | tuple):
+        return inputs
+    values = [mapped(function, value) for value in inputs]
+    return type(inputs)(*values) if hasattr(inputs, "_fields") else type(inputs)(values)
 
 
 def concatenated(batches: Sequence[Any]) -> Any:

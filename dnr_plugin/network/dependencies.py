@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -164,6 +165,30 @@ def output_layers(model: nn.Module, example_inputs: Any) -> set[nn.Module]:
         for parameter in frozen:
             parameter.requires_grad_(False)
     return {module for (_, module), gradient in zip(owners.items(), gradients, strict=True) if gradient is not None}
+
+
+def shared_reason(group: tp.dependency.Group) -> str | None:
+    """Why a group cannot shrink, where a layer of it shares a parameter with another layer; or None.
+
+    Torch-Pruning shrinks layers one by one: each would go on with a parameter of its own.
+    """
+    graph = group._DG
+    if graph not in _shared:
+        names = {module: name for name, module in graph.model.named_modules()}
+        owners: dict[nn.Parameter, list[nn.Module]] = {}
+        for module in names:
+            for parameter in {*module.parameters(recurse=False)}:
+                owners.setdefault(parameter, []).append(module)
+        pairs = [(own, (names[own[0]], names[own[1]])) for own in owners.values() if len(own) > 1]
+        _shared[graph] = {module: pair for own, pair in pairs for module in own}
+    for dep, _ in group:
+        if dep.target.module in _shared[graph]:
+            return "{} and {} share a parameter".format(*_shared[graph][dep.target.module])
+    return None
+
+
+# Layers that share parameters, with the names of two of them: these layers do not shrink, so it stays true.
+_shared: weakref.WeakKeyDictionary[tp.DependencyGraph, dict[nn.Module, tuple[str, str]]] = weakref.WeakKeyDictionary()
 
 
 def isomorphism_class(group: tp.dependency.Group) -> tuple[tuple[str, str, bool], ...]:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dnr_plugin.network.calling import call, copied, input_of, without_hooks
+from dnr_plugin.network.calling import call, copied, input_of, mapped, without_hooks
 from dnr_plugin.network.kinds import kind_of
 from dnr_plugin.network.layer_kind import Consumer
 from dnr_plugin.network.looking import transparent_norms
@@ -143,11 +143,7 @@ def _finite(value: Any) -> Any:
 
 def _samples(inputs: Any, count: int) -> Any:
     """So many times the first sample of each tensor."""
-    if isinstance(inputs, Tensor):
-        return inputs[:1].expand(count, *inputs.shape[1:]).clone() if inputs.dim() else inputs
-    if isinstance(inputs, dict):
-        return {key: _samples(value, count) for key, value in inputs.items()}
-    return type(inputs)(_samples(value, count) for value in inputs) if isinstance(inputs, list | tuple) else inputs
+    return mapped(lambda a: a[:1].expand(count, *a.shape[1:]).clone() if a.dim() else a, inputs)
 
 
 def carriers(table: Tensor, marked: Tensor) -> Iterator[int | None]:

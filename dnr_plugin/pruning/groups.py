@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dnr_plugin.errors import InputError, did_you_mean
 from dnr_plugin.network.calling import one_sample
-from dnr_plugin.network.dependencies import channel_groups, output_layers
+from dnr_plugin.network.dependencies import channel_groups, output_layers, shared_reason
 from dnr_plugin.network.graph import all_groups, build_graph
 from dnr_plugin.network.kinds import Attention, Recurrent, kind_of
 from dnr_plugin.pruning.layers import Layer, Limits, divides, layer_of
@@ -113,6 +113,9 @@ class Survey:
                 return f"Torch-Pruning does not say which neuron each channel of {name} belongs to"
             if channels and max(item.idxs, default=0) >= channels:
                 return f"Torch-Pruning takes channels from {name} that it does not have"
+        shared = shared_reason(group)
+        if shared is not None:
+            return shared
         blocks = channel_groups(group)
         if not divides(group, blocks):
             return f"its {len(group[0].idxs)} channels do not fall into {blocks} equal channel groups"

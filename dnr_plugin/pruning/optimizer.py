@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from dnr_plugin.network.calling import tensors
+
 # Dimension of a parameter -> the indices that were kept of it.
 KeptIndices = dict[int, Tensor]
 
@@ -48,8 +50,8 @@ def follow_optimizer(optimizer: torch.optim.Optimizer | None, model: nn.Module) 
     Works with whatever shrinks parameters by ``torch.index_select``, as Torch-Pruning does.
 
     Args:
-        optimizer: any torch optimizer whose state tensors have a parameter's shape or a single element; None to keep
-            only the flags.
+        optimizer: any torch optimizer whose state tensors have a parameter's shape or a single element, or one that
+            wraps such a one, whatever it calls it; None to keep only the flags.
         model: the network that is pruned inside.
 
     Raises:
@@ -61,8 +63,9 @@ def follow_optimizer(optimizer: torch.optim.Optimizer | None, model: nn.Module) 
         ...     pruner.step()
     """
     before = dict(model.named_parameters())
-    if optimizer is not None:
-        _check(optimizer, before)
+    optimizers = optimizers_in(optimizer)
+    for one in optimizers:
+        _check(one, before)
     selections = _Selections(list(before.values()))
     try:
         with selections:
@@ -81,8 +84,8 @@ def follow_optimizer(optimizer: torch.optim.Optimizer | None, model: nn.Module) 
                 continue
             new.requires_grad_(old.requires_grad)
             replaced[old] = (new, kept)
-        if optimizer is not None:
-            _replace(optimizer, replaced)
+        for one in optimizers:
+            _replace(one, replaced)
         if foreign:
             raise RuntimeError(
                 f"{', '.join(foreign)}: replaced inside follow_optimizer by something other than a prune of it"
@@ -95,24 +98,54 @@ def _selected(value: Tensor, kept: KeptIndices) -> Tensor:
     return value
 
 
-def _check(optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter]) -> None:
+def optimizers_in(optimizer: Any) -> list[Any]:
+    """An optimizer and those that it wraps, as Lookahead and SAM do, in attributes of any name."""
+    known: dict[int, Any] = {}
+
+    def look(value: Any) -> None:
+        if id(value) in known:
+            return
+        if hasattr(value, "param_groups") and hasattr(value, "state"):
+            known[id(value)] = value
+            for inner in vars(value).values():
+                look(inner)
+        elif isinstance(value, list | tuple):
+            for inner in value:
+                if not isinstance(inner, Tensor | dict):
+                    look(inner)
+
+    look(optimizer)
+    return list(known.values())
+
+
+def _check(optimizer: Any, parameters: dict[str, nn.Parameter]) -> None:
     for name, parameter in parameters.items():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            if isinstance(value, Tensor) and value.numel() > 1 and value.shape != parameter.shape:
-                raise ValueError(
-                    f"{type(optimizer).__name__}: expected state of the shape of {name} {tuple(parameter.shape)}, "
-                    f"found {key} of shape {tuple(value.shape)}, which cannot follow a prune"
-                )
+        for key, state in optimizer.state.get(parameter, {}).items():
+            for value in tensors(state):
+                if value.numel() > 1 and value.shape != parameter.shape:
+                    raise ValueError(
+                        f"{type(optimizer).__name__}: expected state of the shape of {name} {tuple(parameter.shape)}, "
+                        f"found {key} of shape {tuple(value.shape)}, which cannot follow a prune"
+                    )
 
 
-def _replace(optimizer: torch.optim.Optimizer, replaced: dict[Tensor, tuple[nn.Parameter, KeptIndices]]) -> None:
-    for group in optimizer.param_groups:
-        group["params"] = [replaced[p][0] if p in replaced else p for p in group["params"]]
-    for old, (new, kept) in replaced.items():
-        if old in optimizer.state:
-            optimizer.state[new] = {
-                key: _selected(value, kept)
-                if isinstance(value, Tensor) and value.shape == old.shape and value.numel() > 1
-                else value
-                for key, value in optimizer.state.pop(old).items()
-            }
+def _replace(optimizer: Any, replaced: dict[Tensor, tuple[nn.Parameter, KeptIndices]]) -> None:
+    groups = [group["params"] for group in optimizer.param_groups]
+    # an optimizer may hold lists of its own, or the same ones by another name, as LBFGS does
+    for held in [*groups, *(value for value in vars(optimizer).values() if type(value) is list)]:
+        held[:] = [replaced[p][0] if isinstance(p, Tensor) and p in replaced else p for p in held]
+    for by_parameter in (value for value in vars(optimizer).values() if isinstance(value, dict)):  # the state is one
+        for old, (new, kept) in replaced.items():
+            if old in by_parameter:
+                by_parameter[new] = _kept_of(by_parameter.pop(old), old.shape, kept)
+
+
+def _kept_of(state: Any, shape: torch.Size, kept: KeptIndices) -> Any:
+    """State of a parameter, with its tensors of the parameter's shape as narrow as it has become."""
+    if isinstance(state, Tensor):
+        return _selected(state, kept) if state.shape == shape and state.numel() > 1 else state
+    if isinstance(state, dict):
+        return type(state)((key, _kept_of(value, shape, kept)) for key, value in state.items())
+    if type(state) in (list, tuple):
+        return type(state)(_kept_of(value, shape, kept) for value in state)
+    return state

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dnr_plugin.errors import InputError, did_you_mean, first_line
 from dnr_plugin.network.calling import eval_outputs, one_sample, without_hooks
+from dnr_plugin.network.dependencies import shared_reason
 from dnr_plugin.network.graph import build_graph
 from dnr_plugin.pruning.folding import fold_means
 from dnr_plugin.pruning.optimizer import follow_optimizer
@@ -83,6 +84,9 @@ def _prune(
         group = graph.get_pruning_group(root, prune, list(neurons))
         if not graph.check_pruning_group(group):
             raise RuntimeError(f"{name}: removing {len(neurons)} neurons would leave a layer without channels")
+        shared = shared_reason(group)
+        if shared is not None:
+            raise InputError(f"removals: expected neurons that can go from {name} alone, found that {shared}")
         if importance is not None:
             importance.follow(group)
             if fold:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from dnr_plugin.errors import first_line
-from dnr_plugin.network.calling import copied, eval_outputs, output_difference, without_hooks
+from dnr_plugin.network.calling import copied, eval_outputs, mapped, output_difference, without_hooks
 from dnr_plugin.network.dependencies import inexact_reason, uses
 from dnr_plugin.network.graph import build_graph
 from dnr_plugin.network.kinds import consumer, is_consumer
@@ -156,7 +156,7 @@ class _Trial:
     """A model without half of the units of some layers, beside one in which they are zero where they are used."""
 
     def __init__(self, model: nn.Module, example_inputs: Any, names: Mapping[nn.Module, str]) -> None:
-        self.model, self.names, self.example = model, names, _varied(example_inputs)
+        self.model, self.names, self.example = model, names, mapped(_varied, example_inputs)
 
     def runs(self, layers: Sequence[Layer]) -> str | None:
         """Why a copy fails without half of these layers' units, or None."""
@@ -228,15 +228,11 @@ def _half(layer: Layer) -> list[int]:
     return [unit for part in layer.parts for unit in part.units[1::2]]
 
 
-def _varied(inputs: Any) -> Any:
-    """Inputs that are constant, as zeros and ones are, tell channels apart badly: noise in their place."""
-    if isinstance(inputs, Tensor):
-        if not inputs.is_floating_point() or inputs.numel() < 2 or inputs.min() < inputs.max():
-            return inputs
-        return torch.randn(inputs.shape, generator=torch.Generator().manual_seed(0)).to(inputs)
-    if isinstance(inputs, dict):
-        return {key: _varied(value) for key, value in inputs.items()}
-    return type(inputs)(_varied(value) for value in inputs) if isinstance(inputs, list | tuple) else inputs
+def _varied(a: Tensor) -> Tensor:
+    """An input that is constant, as zeros and ones are, tells channels apart badly: noise in its place."""
+    if not a.is_floating_point() or a.numel() < 2 or a.min() < a.max():
+        return a
+    return torch.randn(a.shape, generator=torch.Generator().manual_seed(0)).to(a)
 
 
 def _culprits(layers: Sequence[Layer], check: Callable[[Sequence[Layer]], str | None]) -> dict[str, str]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dnr_plugin.errors import did_you_mean
 from dnr_plugin.network.calling import network_of
-from dnr_plugin.network.dependencies import channel_groups, units, uses
+from dnr_plugin.network.dependencies import channel_groups, shared_reason, units, uses
 from dnr_plugin.network.kinds import consumer
 from dnr_plugin.network.units import ties
 from dnr_plugin.observation.history import NeuronHistory
@@ -326,6 +326,9 @@ class DyingNeuronImportance(tp.importance.Importance):  # type: ignore[misc]
             raise RuntimeError(
                 "nothing was observed yet: call the model inside `with importance.observe(model):` before pruning"
             )
+        shared = shared_reason(group)
+        if shared is not None:
+            raise LookupError(shared)
         names, evidence = self._carried(group._DG).consumers, []
         for use in uses(group):
             name = names.get(use.module)
