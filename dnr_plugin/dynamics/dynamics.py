@@ -18,7 +18,7 @@ from dnr_plugin.dynamics.policy import Policy, Ramp
 from dnr_plugin.dynamics.timetable import Timetable
 from dnr_plugin.dynamics.zeroing import SoftZeros
 from dnr_plugin.errors import TargetError
-from dnr_plugin.network.calling import eval_outputs, one_sample, output_difference
+from dnr_plugin.network.calling import eager, eval_outputs, one_sample, output_difference
 from dnr_plugin.network.dependencies import inexact_reason, output_layers, uses
 from dnr_plugin.network.kinds import consumer
 from dnr_plugin.observation.observer import Observer
@@ -64,6 +64,7 @@ class DyingNeuronDynamics:
         example_inputs: as Torch-Pruning takes them.
         when: to look at the neurons and to remove some.
         optimizer: taken along when neurons are removed.
+        followers: models that lose the same neurons, as an average of the weights (`removal.prune_neurons`).
         kind: a target of `targets.TARGETS` but latency; None to watch and remove nothing.
         value: share kept ("flops", "params") or removed ("neuron_sparsity", "weight_sparsity") at the end.
         patience: checks that a candidate waits, >= 0; 0 removes it at once. At the last check all go that a target
@@ -116,17 +117,19 @@ class DyingNeuronDynamics:
         limits: Limits = Limits(),
         dense: Baseline | None = None,
         fold: bool = True,
+        followers: Sequence[nn.Module] = (),
     ) -> None:
         policy = Policy(when, kind, value, patience, ramp, margin, max_share, dying_entropy)
         if min_samples < 1:
             raise ValueError(f"min_samples: expected at least 1, found {min_samples}")
         if scope not in SCOPES:
             raise ValueError(f"scope: expected one of {', '.join(SCOPES)}, found {scope!r}")
+        model = eager(model)
         self.model, self.example, self.optimizer = model, one_sample(example_inputs), optimizer
         self.when, self.policy, self.min_samples = when, policy, min_samples
         self._zeroing = zero
         self.importance = importance or DyingNeuronImportance("variation", moments=False)
-        self.scope, self.limits, self.fold = scope, limits, fold
+        self.scope, self.limits, self.fold, self.followers = scope, limits, fold, tuple(followers)
         self.dense = dense or baseline(model, example_inputs)
         self._layers()  # what the limits name must exist
         self._outputs = output_layers(model, self.example)
@@ -361,7 +364,13 @@ class DyingNeuronDynamics:
         """Removes neurons, with their histories; returns the layers as they are now."""
         self._zeros.clear()
         prune_neurons(
-            self.model, self.example, removals, importance=self.importance, fold=fold, optimizer=self.optimizer
+            self.model,
+            self.example,
+            removals,
+            importance=self.importance,
+            fold=fold,
+            optimizer=self.optimizer,
+            followers=self.followers,
         )
         for name, neurons in removals.items():
             self.histories[name].keep(self.histories[name].without(neurons))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from dnr_plugin.errors import InputError
 from dnr_plugin.files import atomic_write
+from dnr_plugin.network.calling import eager
 
 FORMAT = 1
 ARCHITECTURE, WEIGHTS = "architecture.json", "model.safetensors"
@@ -112,6 +113,7 @@ def save_pruned(model: nn.Module, folder: str | os.PathLike[str], builder: Mappi
     Raises:
         ValueError: see `describe`.
     """
+    model = eager(model)
     write_saved(model, folder, describe(model, builder))
 
 

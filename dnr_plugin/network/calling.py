@@ -18,6 +18,8 @@ from dnr_plugin.errors import InputError
 def kept_modes(model: nn.Module, *, attributes: bool = True) -> Iterator[None]:
     """Restores each module's train or eval mode afterwards, and drops tensors that the model kept on itself meanwhile.
 
+    Modules compiled in place run as they were written.
+
     Features, attention maps or caches that a forward pass leaves in attributes would hold a graph that `copy.deepcopy`
     refuses. Parameters, buffers and hooks are not looked at.
 
@@ -26,12 +28,17 @@ def kept_modes(model: nn.Module, *, attributes: bool = True) -> Iterator[None]:
         attributes: whether to drop such tensors.
     """
     modes = {module: module.training for module in model.modules()}
+    compiled = {module: module._compiled_call_impl for module in modes if module._compiled_call_impl is not None}
     looked_at = [module for module in modes if attributes and not isinstance(module, LazyModuleMixin)]
     kept = {module: _attributes(module) for module in looked_at}
     contents = [(v, v.copy()) for values in kept.values() for v in values.values() if type(v) in (dict, list)]
+    for module in compiled:  # in place, by `nn.Module.compile`
+        module._compiled_call_impl = None
     try:
         yield
     finally:
+        for module, call_impl in compiled.items():
+            module._compiled_call_impl = call_impl
         for module, training in modes.items():
             module.training = training
         for module, values in kept.items():
@@ -88,10 +95,44 @@ def eval_outputs(model: nn.Module, inputs: Any) -> list[Tensor]:
 
 
 def call(model: nn.Module, inputs: Any) -> Any:
-    """Calls a model with a tensor, a sequence of tensors or a dict of them."""
+    """Calls a model, as it was written, with a tensor, a sequence of tensors or a dict of them."""
+    with uncompiled():
+        return call_as_it_is(model, inputs)
+
+
+def call_as_it_is(model: nn.Module, inputs: Any) -> Any:
+    """`call`, but compiled where the model is."""
     if isinstance(inputs, dict):
         return model(**inputs)
     return model(*inputs) if isinstance(inputs, list | tuple) else model(inputs)
+
+
+def uncompiled() -> contextlib.AbstractContextManager[Any]:
+    """Lets compiled models run as they were written, with hooks that were added since and with widths that changed."""
+    stance = getattr(torch.compiler, "set_stance", None)  # from torch 2.6 on
+    return contextlib.nullcontext() if stance is None else stance("force_eager")
+
+
+def eager(model: nn.Module) -> nn.Module:
+    """The model itself, also of one that `torch.compile` returned.
+
+    Raises:
+        InputError: it is scripted, traced, exported or quantised, and cannot be changed.
+    """
+    exported = isinstance(model, torch.fx.GraphModule) and "eval" in vars(model)
+    if exported or isinstance(model, torch.jit.ScriptModule):
+        raise InputError(
+            "model: expected a torch.nn.Module as it was written, found one that was scripted, traced or exported, "
+            "whose layers are fixed: prune the model that it was made from"
+        )
+    for name, module in model.named_modules():
+        if ".quantized" in type(module).__module__:
+            raise InputError(
+                f"model: expected layers with float weights, found {name} ({type(module).__name__}), which is "
+                "quantised: prune before quantising"
+            )
+    inner = getattr(model, "_orig_mod", None)
+    return inner if isinstance(inner, nn.Module) and type(model).__name__ == "OptimizedModule" else model
 
 
 def one_sample(inputs: Any) -> Any:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dnr_plugin.network.calling import call, kept_modes, one_sample
+from dnr_plugin.network.calling import call_as_it_is, eager, kept_modes, one_sample, uncompiled
 from dnr_plugin.network.kinds import kind_of
 
 
@@ -84,13 +84,15 @@ def flop_report(model: nn.Module, example_inputs: Any) -> FlopReport:
     """
     from fvcore.nn import FlopCountAnalysis
 
+    model = eager(model)
     inputs, prefix, counted = one_sample(example_inputs), "", model
     if isinstance(inputs, dict):
         counted, prefix = _Keywords(model, list(inputs)), "model"
         inputs = tuple(inputs.values())
     elif isinstance(inputs, list):
         inputs = tuple(inputs)
-    with kept_modes(model), torch.enable_grad():  # without gradients attention takes a fused path nobody counts
+    # without gradients attention takes a fused path that nobody counts
+    with kept_modes(model), uncompiled(), torch.enable_grad():
         counted.eval()
         analysis = FlopCountAnalysis(counted, inputs)
         analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
@@ -130,7 +132,7 @@ def latencies(models: list[nn.Module], inputs: Any, *, seconds: float = 2.0, war
 
     def run(model: nn.Module) -> float:
         start = time.perf_counter()
-        call(model, inputs)
+        call_as_it_is(model, inputs)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         return time.perf_counter() - start

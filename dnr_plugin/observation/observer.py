@@ -6,6 +6,7 @@ it already, whether these were modules, functions or the same module called twic
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import threading
 import weakref
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dnr_plugin.network.calling import Pausable, input_of, module_names
+from dnr_plugin.network.calling import Pausable, eager, input_of, module_names, uncompiled
 from dnr_plugin.network.kinds import consumer, is_consumer
 from dnr_plugin.observation.activity import Activity
 from dnr_plugin.observation.moments import MAX_FEATURES, MAX_PATCH, Moments
@@ -88,12 +89,13 @@ class Observer(Pausable):
     ) -> None:
         self.model, self.moments = model, moments
         self.threshold, self.share, self.bins, self.training = threshold, share, bins, training
-        self.modules = {name: module for module, name in module_names(model).items() if is_consumer(module)}
+        self.modules = {name: module for module, name in module_names(eager(model)).items() if is_consumer(module)}
         self.activities: dict[str, Activity] = {}
         self._by_device: dict[tuple[str, torch.device], Activity] = {}
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._recent: deque[tuple[weakref.ref[Tensor], int, type, Activity]] = deque(maxlen=8)
         self._lock = threading.Lock()
+        self._running = contextlib.ExitStack()
 
     def __enter__(self) -> Observer:
         if self._handles:
@@ -101,6 +103,8 @@ class Observer(Pausable):
         for name, module in self.modules.items():
             hook = _InputHook(self, name)
             self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True, prepend=self.training))
+        if not self.training:  # whose steps are compiled with the hooks, or not at all
+            self._running.enter_context(uncompiled())
         return self
 
     def __exit__(
@@ -129,6 +133,7 @@ class Observer(Pausable):
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._running.close()
 
     def reset(self) -> None:
         """Forgets everything read so far, also inside the context."""

@@ -11,7 +11,16 @@ import torch
 from torch import nn
 
 from dnr_plugin.errors import InputError
-from dnr_plugin.network.calling import batch_inputs, call, copied, eval_outputs, kept_modes, mapped, output_difference
+from dnr_plugin.network.calling import (
+    batch_inputs,
+    call,
+    copied,
+    eager,
+    eval_outputs,
+    kept_modes,
+    mapped,
+    output_difference,
+)
 from dnr_plugin.network.cost import count_params
 from dnr_plugin.network.dependencies import inexact_reason
 from dnr_plugin.pruning.folding import can_fold
@@ -67,6 +76,7 @@ def remove_dead_neurons(
     ignored: Sequence[str] = (),
     optimizer: torch.optim.Optimizer | None = None,
     verify: bool = True,
+    followers: Sequence[nn.Module] = (),
 ) -> DeadNeuronReport:
     """Removes neurons whose removal does not change the model's outputs, up to float rounding.
 
@@ -84,11 +94,14 @@ def remove_dead_neurons(
         ignored: layers left exactly as they are, by name or shell pattern.
         optimizer: taken along (`follow_optimizer`).
         verify: check Torch-Pruning's groups before they are used (`Limits`).
+        followers: models that lose the same neurons (`prune_neurons`); an average of the weights is not constant where
+            the model is, so that its outputs change as far as it still differs.
 
     Raises:
         InputError: fewer than ``min_samples`` samples; the model cannot be traced; an ignored name that fits nothing.
         ValueError: activations that are not finite.
     """
+    model = eager(model)
     importance = DyingNeuronImportance("variation", moments=False)
     batches = iter(calibration)
     first = next(batches, None)
@@ -150,7 +163,9 @@ def remove_dead_neurons(
     for name in _changing(model, example_inputs, removals, importance, probe):
         left.append((name, len(removals.pop(name)), "removal would change the outputs: something mixes the channels"))
         del zero[name]
-    prune_neurons(model, example_inputs, removals, importance=importance, fold=True, optimizer=optimizer)
+    prune_neurons(
+        model, example_inputs, removals, importance=importance, fold=True, optimizer=optimizer, followers=followers
+    )
     absolute, relative = output_difference(before, eval_outputs(model, probe))
     removed, exactly_zero = sum(map(len, removals.values())), sum(zero.values())
     return DeadNeuronReport(

@@ -11,7 +11,7 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from dnr_plugin.errors import InputError, did_you_mean
-from dnr_plugin.network.calling import one_sample
+from dnr_plugin.network.calling import eager, one_sample
 from dnr_plugin.network.dependencies import channel_groups, output_layers, shared_reason
 from dnr_plugin.network.graph import all_groups, build_graph
 from dnr_plugin.network.kinds import Attention, Recurrent, kind_of
@@ -49,6 +49,7 @@ class Survey:
     """
 
     def __init__(self, model: nn.Module, example_inputs: Any) -> None:
+        model = eager(model)
         self.model, self.names = model, {module: name for name, module in model.named_modules()}
         self.example = one_sample(example_inputs)
         self.graph = build_graph(model, self.example)

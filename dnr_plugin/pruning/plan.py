@@ -11,7 +11,7 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from dnr_plugin.errors import InputError, TargetError, did_you_mean
-from dnr_plugin.network.calling import copied
+from dnr_plugin.network.calling import copied, eager
 from dnr_plugin.network.cost import flop_report, latencies
 from dnr_plugin.network.dependencies import inexact_reason
 from dnr_plugin.pruning.cost_model import CostModel
@@ -162,7 +162,7 @@ def plan_removal(
         TargetError: the target cannot be reached; with the closest value, and the plan that reaches it.
         ValueError: an argument is unknown.
     """
-    target = target_of(kind, value)
+    model, target = eager(model), target_of(kind, value)
     if scope not in SCOPES:
         raise ValueError(f"scope: expected one of {', '.join(SCOPES)}, found {scope!r}{did_you_mean(scope, SCOPES)}")
     if isinstance(target, Dead) and not isinstance(importance, DyingNeuronImportance):

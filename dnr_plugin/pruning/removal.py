@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dnr_plugin.errors import InputError, did_you_mean, first_line
-from dnr_plugin.network.calling import eval_outputs, one_sample, without_hooks
+from dnr_plugin.network.calling import eager, eval_outputs, network_of, one_sample, without_hooks
 from dnr_plugin.network.dependencies import shared_reason
 from dnr_plugin.network.graph import build_graph
 from dnr_plugin.pruning.folding import fold_means
@@ -26,6 +26,7 @@ def prune_neurons(
     importance: DyingNeuronImportance | None = None,
     fold: bool = False,
     optimizer: torch.optim.Optimizer | None = None,
+    followers: Sequence[nn.Module] = (),
 ) -> int:
     """Physically removes neurons and everything in their dependency groups.
 
@@ -39,6 +40,9 @@ def prune_neurons(
         importance: whose statistics then follow, and whose means are folded.
         fold: move the means of the removed neurons into the next bias or BatchNorm; needs ``importance``.
         optimizer: taken along (`follow_optimizer`).
+        followers: models of the same layers that lose the same neurons, as an average of the weights does
+            (`torch.optim.swa_utils.AveragedModel`, or the bare network); with ``fold`` the means go into their own
+            constants by their own weights.
 
     Returns:
         Number of consumers that took a mean.
@@ -49,13 +53,21 @@ def prune_neurons(
     """
     if fold and importance is None:
         raise ValueError("fold: expected an importance, whose statistics hold the means, found none")
-    channels_last = [name for name, p in model.named_parameters() if _is_channels_last(p)]
-    with follow_optimizer(optimizer, model), _undone_on_failure(model, importance):
+    model = eager(model)
+    copies = [network_of(eager(follower)) for follower in followers]
+    channels_last = [(m, name) for m in (model, *copies) for name, p in m.named_parameters() if _is_channels_last(p)]
+    with follow_optimizer(optimizer, model), contextlib.ExitStack() as undone:
+        undone.enter_context(_undone_on_failure(model, importance))
+        for follower in copies:
+            undone.enter_context(_undone_on_failure(follower, None))
+            with importance.unchanged() if importance is not None else contextlib.nullcontext():
+                _prune(follower, example_inputs, removals, importance, fold)
         folded = _prune(model, example_inputs, removals, importance, fold)
         if any(map(len, removals.values())):
-            _run(model, example_inputs)
-    for name in channels_last:
-        parameter = model.get_parameter(name)
+            for pruned in (model, *copies):
+                _run(pruned, example_inputs)
+    for owner, name in channels_last:
+        parameter = owner.get_parameter(name)
         parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
     return folded
 
