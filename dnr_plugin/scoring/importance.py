@@ -24,6 +24,7 @@ from dnr_plugin.scoring.evidence import Evidence, Verdict, judge, read
 from dnr_plugin.scoring.following import Followed, Pending
 from dnr_plugin.scoring.redundancy import redundancy
 from dnr_plugin.scoring.scores import SCORES, lexicographic, score_neurons
+from dnr_plugin.scoring.sparse_training import for_a_penalty
 
 # Three tiers of float64, far apart: dead neurons below, live ones between, those that must stay above.
 _DEAD, _FLOOR, _CEILING, _KEPT = 1e-30, 1e-20, 1e20, 1e30
@@ -189,12 +190,15 @@ class DyingNeuronImportance(tp.importance.Importance):  # type: ignore[misc]
 
         Returns:
             Score per root index, shape [n], float64, positive, on the CPU; None where the group has no observed
-            consumer (its name and the reason are then in `skipped`).
+            consumer (its name and the reason are then in `skipped`). Where a pruner asks for a penalty on weights
+            (`sparse_training`) NaN, by which it leaves the group alone, and no neuron is marked as one to keep.
 
         Raises:
             RuntimeError: nothing was observed, or layers were pruned in a way that could not be followed.
         """
-        evidence, root = self.evidence(group), self._root(group)
+        evidence, root, penalty = self.evidence(group), self._root(group), for_a_penalty()
+        if not evidence and penalty:
+            return torch.full((len(group[0].idxs),), math.nan, dtype=torch.float64)
         if not evidence:
             reason = str(self.why_unscored(group))
             if root not in self.skipped:
@@ -202,7 +206,8 @@ class DyingNeuronImportance(tp.importance.Importance):  # type: ignore[misc]
             self.skipped[root] = reason
             return None
         self.skipped.pop(root, None)
-        self._note(group, evidence)
+        if not penalty:
+            self._note(group, evidence)
         n = len(group[0].idxs)
         redundant = self.score == "redundancy"
         tied = ties(group)[torch.tensor(group[0].idxs)]
@@ -222,6 +227,8 @@ class DyingNeuronImportance(tp.importance.Importance):  # type: ignore[misc]
         rank[order] = torch.arange(n, dtype=torch.float64)
         rank += (self._order.setdefault(root, len(self._order)) + 1) * 0.6180339887498949 % 1.0
         distinct = score * (1.0 + _STEP * rank)
+        if penalty:
+            return distinct
         kept = self._kept(root, group, distinct) | ~read(evidence, n)
         return torch.where(kept, _KEPT * (1.0 + _STEP * rank), distinct)
 

@@ -370,3 +370,34 @@ def test_attention(heads: bool) -> None:
 def test_plain_is_what_the_tables_say() -> None:
     assert list(widths(Plain())) == ["a", "b", "c", "fc"]
     assert set(USES) == set(NETS)
+
+
+@pytest.mark.parametrize("make_pruner", [tp.pruner.GroupNormPruner, tp.pruner.GrowingRegPruner, tp.pruner.BNScalePruner])
+def test_sparse_training_asks_for_the_classifier_as_well(make_pruner: Callable[..., Any]) -> None:
+    """Where a pruner asks for a penalty, None would be an error; the classifier's weights are left alone by it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5),
+    )  # fmt: skip
+    x = torch.randn(16, 3, 12, 12)
+    importance = DyingNeuronImportance()
+    with importance.observe(model.eval()), torch.no_grad():
+        model(x)
+    pruner = make_pruner(model, x[:1], importance=importance, pruning_ratio=0.5)
+    model.train()
+    for name in ("update_regularizer", "update_reg"):
+        getattr(pruner, name, lambda: None)()
+    model(x).square().mean().backward()
+    before = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    pruner.regularize(model)
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert all(bool(g.isfinite().all()) for g in gradients.values())
+    changed = {name for name, g in gradients.items() if not torch.equal(g, before[name])}
+    assert changed
+    assert "7.bias" not in changed
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pruner.step()
+    assert [model[0].out_channels, model[3].out_channels, model[7].out_features] == [4, 4, 5]
+    assert model(x).shape == (16, 5)
