@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import json
 import os
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from dnr_plugin.errors import InputError
 from dnr_plugin.files import atomic_write
@@ -47,27 +50,39 @@ def describe(
             "dnr_plugin, found nothing; e.g. {'name': 'torchvision.resnet50', 'kwargs': {'num_classes': 1000}}"
         )
     fresh = fresh or rebuild(builder, allow_import=True)
+    _materialise(fresh)
     ours, theirs = dict(model.named_modules()), dict(fresh.named_modules())
     differing = [name for name in {**ours, **theirs} if type(ours.get(name)) is not type(theirs.get(name))]
     if differing:
         raise ValueError(
             f"builder: {builder['name']} makes another model: {', '.join(repr(name) for name in differing[:5])} differ"
         )
-    changed = {}
+    changed, lists = {}, {}
     for name, module in ours.items():
         before, after = _attributes(theirs[name]), _attributes(module)
         altered = {key: value for key, value in after.items() if key not in before or before[key] != value}
         if altered:
             changed[name] = altered
-    return {
+            lists[name] = [key for key in altered if isinstance(getattr(module, key), list)]
+    tensors, extra = _state(model)
+    kept = {name for name, _ in model.named_buffers()} & {*tensors} - {*model.state_dict()}
+    architecture = {
         "format": FORMAT,
         "builder": dict(builder),
         "modules": changed,
         "tensors": {
             name: {"shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")}
-            for name, tensor in model.state_dict().items()
+            for name, tensor in tensors.items()
         },
     }
+    # only where there is anything of the kind, so that most files are as they always were
+    more = {
+        "lists": {name: keys for name, keys in lists.items() if keys},
+        "buffers": sorted(kept),
+        "frozen": sorted(name for name, p in model.named_parameters() if not p.requires_grad),
+        "extra_state": extra,
+    }
+    return architecture | {key: value for key, value in more.items() if value}
 
 
 def build(architecture: Mapping[str, Any], allow_import: bool = False, *, fresh: nn.Module | None = None) -> nn.Module:
@@ -89,14 +104,20 @@ def build(architecture: Mapping[str, Any], allow_import: bool = False, *, fresh:
             f"{ARCHITECTURE}: expected a description of format {FORMAT}, found {architecture.get('format')}"
         )
     model = fresh or rebuild(architecture["builder"], allow_import)
+    _materialise(model)
+    lists = architecture.get("lists", {})
     modules = dict(model.named_modules(remove_duplicate=False))  # tensors have every name of theirs
     try:
         for name, attributes in architecture["modules"].items():
             for key, value in attributes.items():
-                setattr(modules[name], key, tuple(value) if isinstance(value, list) else value)
+                _check_attribute(modules[name], key, value)
+                sequence = isinstance(value, list) and key not in lists.get(name, ())
+                setattr(modules[name], key, tuple(value) if sequence else value)
         for name, tensor in architecture["tensors"].items():
             owner, _, key = name.rpartition(".")
             _set_tensor(modules[owner], key, tensor["shape"], getattr(torch, tensor["dtype"]))
+        for name in architecture.get("frozen", ()):
+            model.get_parameter(name).requires_grad_(False)
     except (KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise InputError(f"{ARCHITECTURE}: does not fit {architecture['builder'].get('name')}: {error!r}") from error
     return model
@@ -122,7 +143,7 @@ def write_saved(model: nn.Module, folder: str | os.PathLike[str], architecture: 
     from safetensors.torch import save
 
     # shared tensors are written once for each name: safetensors refuses views of the same memory
-    tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in model.state_dict().items()}
+    tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in _state(model)[0].items()}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_write(folder / WEIGHTS, "wb") as file:
@@ -160,15 +181,74 @@ def load_pruned(folder: str | os.PathLike[str], allow_import: bool = False) -> n
     if not isinstance(architecture, dict):
         raise InputError(f"{folder / ARCHITECTURE}: expected a mapping, found {type(architecture).__name__}")
     model = build(architecture, allow_import)
-    _load_tensors(model, tensors, str(folder))
+    _load_tensors(model, tensors, str(folder), architecture)
     return model.eval()
 
 
-def _load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
+def _load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], where: str, architecture: Mapping[str, Any]) -> None:
+    own = {name: tensor for name, tensor in tensors.items() if name not in architecture.get("buffers", ())}
+    state = OrderedDict([*own.items(), *architecture.get("extra_state", {}).items()])
+    # the versions of modules, by which some decide how a state is to be read (MNASNet)
+    state._metadata = getattr(model.state_dict(), "_metadata", {})  # type: ignore[attr-defined]
     try:
-        model.load_state_dict(tensors)
-    except RuntimeError as error:
+        for name in architecture.get("buffers", ()):
+            model.get_buffer(name).copy_(tensors[name])
+        model.load_state_dict(state)
+    except (RuntimeError, KeyError, AttributeError) as error:
         raise InputError(f"{where}: {WEIGHTS} does not fit {ARCHITECTURE}: {error}".replace("\n", " ")) from error
+
+
+def _state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Every tensor of a model, buffers included that its state leaves out, and what its modules add to their state.
+
+    Raises:
+        ValueError: what a module adds is no plain value.
+    """
+    state = model.state_dict()
+    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    extra = {name: value for name, value in state.items() if not isinstance(value, Tensor)}
+    for name, value in extra.items():
+        try:
+            same = json.loads(json.dumps(value)) == value
+        except (TypeError, ValueError):
+            same = False
+        if not same:
+            raise ValueError(
+                f"{name}: expected a tensor or plain values, which can be saved without pickle, found a "
+                f"{type(value).__name__}"
+            )
+    return tensors | {name: buffer for name, buffer in model.named_buffers() if name not in state}, extra
+
+
+def _materialise(model: nn.Module) -> None:
+    """Turns lazy modules, which take their sizes from the first input, into what they become; of no size as yet."""
+    for module in model.modules():
+        if isinstance(module, LazyModuleMixin) and module.cls_to_become is not None:
+            for handle in (module._initialize_hook, module._load_hook):
+                handle.remove()
+            del module._initialize_hook, module._load_hook
+            for key, parameter in module._parameters.items():
+                if isinstance(parameter, UninitializedParameter):
+                    module._parameters[key] = nn.Parameter(torch.empty(0))
+            for key, buffer in module._buffers.items():
+                if isinstance(buffer, UninitializedBuffer):
+                    module._buffers[key] = torch.empty(0)
+            module.__class__ = module.cls_to_become
+
+
+def _check_attribute(module: nn.Module, key: str, value: Any) -> None:
+    """Refuses what no saved model holds: methods, hooks, builders, values of another type than the module's own.
+
+    Raises:
+        TypeError: in words.
+    """
+    before = vars(module).get(key)
+    foreign = key not in vars(module) and hasattr(module, key)
+    if foreign or key.startswith("_") or key in ("training", "dnr_builder") or not isinstance(value, (*_PLAIN, list)):
+        raise TypeError(f"{key} is no plain attribute of {type(module).__name__}")
+    for kinds in ((bool, int, float), (str,)):  # a size may become a sequence of sizes, and None anything
+        if isinstance(before, kinds) and not isinstance(value, (*kinds, list, type(None))):
+            raise TypeError(f"{key} of {type(module).__name__} is a {type(before).__name__}, found {value!r}")
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:

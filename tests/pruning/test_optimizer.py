@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -310,3 +311,69 @@ def test_parameters_changed_otherwise_are_named_and_the_rest_is_in_order() -> No
         model[0].weight = nn.Parameter(torch.randn(8, 3, 3, 3))
     assert model[5].weight.grad is kept
     assert model[0].weight.grad is None
+
+
+class Around(Optimizer):
+    """The usual shape of SAM and Lookahead: the groups are shared, the state stays inside."""
+
+    def __init__(self, parameters: Any, base: Callable[..., Optimizer]) -> None:
+        super().__init__(parameters, {})
+        self.inner = base(self.param_groups)
+        self.param_groups = self.inner.param_groups
+        self.slow = {p: p.detach().clone() for group in self.param_groups for p in group["params"]}
+
+    def step(self, closure: Any = None) -> Any:
+        return self.inner.step(closure)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_what_an_optimizer_wraps_goes_on_as_well(name: str) -> None:
+    """Its steps are those of the wrapped one alone."""
+    results = []
+    for wrap in (lambda make, p: make(p), lambda make, p: Around(p, make)):
+        model = _net()
+        optimizer = wrap(OPTIMIZERS[name], [*model.parameters()])
+        _train(model, optimizer)
+        with follow_optimizer(optimizer, model):
+            _prune(model)
+        inner = getattr(optimizer, "inner", optimizer)
+        assert set(inner.state) == set(model.parameters())
+        results.append(_train(model, optimizer))
+    assert results[0] == results[1]
+    assert isinstance(optimizer, Around)
+    assert {p.shape for p in optimizer.slow} == {p.shape for p in model.parameters()}
+    assert all(slow.shape == p.shape and p in set(model.parameters()) for p, slow in optimizer.slow.items())
+
+
+def test_lbfgs_moves_all_parameters_and_is_refused_once_it_has_a_history() -> None:
+    """It keeps a list of the parameters, and its history is one flat vector of all of them."""
+    model = _net()
+    optimizer = torch.optim.LBFGS(model.parameters(), 0.1, max_iter=2)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(X), Y)
+        loss.backward()
+        return loss
+
+    with follow_optimizer(optimizer, model):
+        _prune(model)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer.step(closure)
+    still = {name for name, p in model.named_parameters() if torch.equal(p, before[name])}
+    assert still <= {"0.bias"}  # which the BatchNorm behind it takes away
+    with pytest.raises(ValueError, match="LBFGS: expected state of the shape of"), follow_optimizer(optimizer, model):
+        pass
+
+
+def test_state_in_lists_and_dicts_is_sliced() -> None:
+    model = _net()
+    optimizer = SGD(model.parameters(), 0.1)
+    weight = model[0].weight
+    optimizer.state[weight] = {"pair": [weight.detach() * 2, {"inner": weight.detach() * 3}], "step": 4}
+    with follow_optimizer(optimizer, model):
+        _prune(model)
+    state = optimizer.state[model[0].weight]
+    assert torch.equal(state["pair"][0], model[0].weight * 2)
+    assert torch.equal(state["pair"][1]["inner"], model[0].weight * 3)
+    assert state["step"] == 4

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -372,7 +373,9 @@ def test_plain_is_what_the_tables_say() -> None:
     assert set(USES) == set(NETS)
 
 
-@pytest.mark.parametrize("make_pruner", [tp.pruner.GroupNormPruner, tp.pruner.GrowingRegPruner, tp.pruner.BNScalePruner])
+@pytest.mark.parametrize(
+    "make_pruner", [tp.pruner.GroupNormPruner, tp.pruner.GrowingRegPruner, tp.pruner.BNScalePruner]
+)
 def test_sparse_training_asks_for_the_classifier_as_well(make_pruner: Callable[..., Any]) -> None:
     """Where a pruner asks for a penalty, None would be an error; the classifier's weights are left alone by it."""
     torch.manual_seed(0)

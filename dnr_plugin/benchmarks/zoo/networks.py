@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from dnr_plugin.models.foreign import torchvision_names
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -67,7 +69,26 @@ SMP = _foreign(
 )  # fmt: skip
 
 
+# Images that a classifier of torchvision takes no smaller, or at one size alone; the others get 64 pixels.
+_SIDES = {"inception_v3": 96, "alexnet": 96, "maxvit_t": 224}
+_SIZED = {"vit_": {"image_size": 64}}
+
+
+def _torchvision() -> list[Entry]:
+    """All classifiers of torchvision."""
+    rows = []
+    for name in torchvision_names():
+        more: dict[str, Any] = next((kwargs for start, kwargs in _SIZED.items() if name.startswith(start)), {})
+        if name == "vit_h_14":
+            more = {"image_size": 56}
+        side = more.get("image_size", _SIDES.get(name, 64))
+        builder = {"name": f"torchvision.{name}", "kwargs": {"num_classes": 10, **more}}
+        rows.append(Entry(f"torchvision.{name}", builder, ((3, side, side),)))
+    return rows
+
+
 def entries() -> Iterator[Entry]:
     """All networks of the zoo, package by package."""
+    yield from _torchvision()
     yield from MONAI
     yield from SMP

@@ -1,0 +1,221 @@
+"""What is one thing before a prune is one thing after it: shared parameters, averages of weights, compiled models."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch_pruning as tp
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from dnr_plugin import (
+    DyingNeuronImportance,
+    flop_report,
+    plan_removal,
+    prune_neurons,
+    remove_dead_neurons,
+    save_pruned,
+)
+from dnr_plugin.errors import InputError
+from dnr_plugin.network.graph import all_groups, build_graph
+
+X = torch.randn(48, 3, 12, 12, generator=torch.Generator().manual_seed(0))
+
+
+def net(dead: tuple[int, ...] = (1, 4), constant: tuple[int, ...] = (6,)) -> nn.Sequential:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 12, 3), nn.BatchNorm2d(12), nn.ReLU(), nn.Conv2d(12, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(), nn.Linear(8, 5),
+    )  # fmt: skip
+    settle(model, dead, constant)
+    return model.eval()
+
+
+@torch.no_grad()
+def settle(model: nn.Sequential, dead: tuple[int, ...] = (1, 4), constant: tuple[int, ...] = (6,)) -> None:
+    for neurons, value in ((dead, -1.0), (constant, 0.5)):
+        model[1].weight[list(neurons)] = 0.0
+        model[1].bias[list(neurons)] = value
+
+
+class Tied(nn.Module):
+    """Two convolutions with one weight, beside a pair that shares nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.free = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1)
+        self.a, self.b = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.b.weight = self.a.weight
+        self.fc = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.free(self.stem(x).relu()).relu()
+        out: Tensor = self.fc(self.b(self.a(x).relu()).relu().mean((2, 3)))
+        return out
+
+
+def test_layers_that_share_a_parameter_are_left_and_named() -> None:
+    model = Tied().eval()
+    with torch.no_grad():
+        for layer in (model.stem, model.free, model.a):
+            layer.bias[:2] = -100.0
+    before, parameters = model(X), sum(p.numel() for p in model.parameters())
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    report = remove_dead_neurons(model, X[:1], [X], min_samples=1, optimizer=optimizer)
+    assert report.removed == {"stem": [0, 1]}
+    assert {reason for _, reason in report.skipped if "share" in reason} == {"a and b share a parameter"}
+    assert model.b.weight is model.a.weight
+    assert sum(p.numel() for p in model.parameters()) < parameters
+    assert [*optimizer.param_groups[0]["params"]] == [*model.parameters()]
+    assert torch.allclose(model(X), before, atol=1e-5)
+    with pytest.raises(
+        InputError, match="removals: expected neurons that can go from a alone, found that a and b share"
+    ):
+        prune_neurons(model, X[:1], {"stem": [0], "a": [0]})
+    assert model.stem.out_channels == 6
+
+
+def test_a_pruner_of_torch_pruning_leaves_them_as_well() -> None:
+    model = Tied().eval()
+    importance = DyingNeuronImportance()
+    with importance.observe(model), torch.no_grad():
+        model(X)
+    with pytest.warns(UserWarning, match="a and b share a parameter"):
+        tp.pruner.BasePruner(model, X[:1], importance, pruning_ratio=0.5, ignored_layers=[model.fc]).step()
+    assert (model.stem.out_channels, model.a.out_channels, model.free.out_channels) == (4, 8, 8)
+    assert model.b.weight is model.a.weight
+
+
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_an_average_of_the_weights_loses_the_same_neurons(wrapped: bool) -> None:
+    model = net()
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5), use_buffers=True)
+    optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        model(X).square().mean().backward()
+        optimizer.step()
+        average.update_parameters(model)
+
+    for _ in range(3):
+        step()
+    settle(model)
+    settle(average.module)
+    model.eval(), average.eval()
+    before = average(X)
+    assert not torch.allclose(model(X), before, atol=1e-3)
+    follower = average if wrapped else average.module
+    report = remove_dead_neurons(model, X[:1], [X], min_samples=1, optimizer=optimizer, followers=[follower])
+    assert report.removed == {"0": [1, 4, 6]}
+    assert report.constant == 1
+    assert [p.shape for p in average.module.parameters()] == [p.shape for p in model.parameters()]
+    assert torch.allclose(average(X), before, atol=1e-5)
+    step()
+
+
+def test_what_fails_in_a_follower_leaves_all_as_they_were() -> None:
+    model, other = net(), nn.Sequential(*[*net()][:7], nn.Linear(8, 5), nn.Linear(5, 5))
+    other[3] = nn.Conv2d(12, 8, 3, groups=2)
+    states = [copy.deepcopy(m.state_dict()) for m in (model, other)]
+    with pytest.raises((InputError, RuntimeError)):
+        prune_neurons(model, X[:1], {"0": [0]}, followers=[other])
+    for m, state in zip((model, other), states, strict=True):
+        assert all(torch.equal(value, state[name]) for name, value in m.state_dict().items())
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_compiled_models_are_pruned_as_the_model_itself(in_place: bool) -> None:
+    plain = net()
+    compiled: Any = net()
+    if in_place:
+        compiled.compile(backend="eager")
+    else:
+        compiled = torch.compile(compiled, backend="eager")
+    with torch.no_grad():
+        before = compiled(X)
+    plans = []
+    for model in (plain, compiled):
+        importance = DyingNeuronImportance()
+        with importance.observe(model), torch.no_grad():
+            model(X)
+        plans.append(plan_removal(model, X[:1], importance, "flops", 0.6).removals)
+    assert plans[0] == plans[1]
+    assert flop_report(compiled, X).flops == flop_report(plain, X).flops
+    report = remove_dead_neurons(compiled, X[:1], [X], min_samples=1)
+    assert report.removed == {"0": [1, 4, 6]}
+    with torch.no_grad():
+        assert torch.allclose(compiled(X), before, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["script", "trace", "export", "quantised"])
+def test_what_cannot_be_changed_is_refused_in_one_line(kind: str, tmp_path: Any) -> None:
+    model: Any = net()
+    if kind == "script":
+        model = torch.jit.script(model)
+    elif kind == "trace":
+        model = torch.jit.trace(model, X)
+    elif kind == "export":
+        model = torch.export.export(model, (X,)).module()
+    else:
+        model = torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
+    magnitude = tp.importance.MagnitudeImportance()
+    for act in (
+        lambda: remove_dead_neurons(model, X[:1], [X], min_samples=1),
+        lambda: plan_removal(model, X[:1], magnitude, "flops", 0.5),
+        lambda: prune_neurons(model, X[:1], {"0": [0]}),
+        lambda: flop_report(model, X),
+        lambda: DyingNeuronImportance().observer_of(model),
+        lambda: save_pruned(model, tmp_path / "saved"),
+    ):
+        with pytest.raises(InputError) as caught:
+            act()
+        (problem,) = caught.value.problems
+        assert problem.startswith("model: expected ")
+        assert "\n" not in problem
+    assert not (tmp_path / "saved").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, None])
+def test_sixteen_bits_fold_what_32_bits_fold(dtype: torch.dtype | None) -> None:
+    """Constant neurons; None: autocast around the call."""
+    model, x = net(), X
+    if dtype is not None:
+        model, x = model.to(dtype), X.to(dtype)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype is None):
+        report = remove_dead_neurons(model, x[:1], [x], min_samples=1)
+    assert report.removed["0"] == [1, 4, 6]
+    assert not report.left
+    assert report.max_rel_diff < 0.05
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_sixteen_bits_see_what_mixes_channels(dtype: torch.dtype) -> None:
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.parts = net()
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.parts[:3](x)
+            out: Tensor = self.parts[3:](y - y.amax(1, keepdim=True))
+            return out
+
+    model = Mixed().eval()
+    with torch.no_grad():
+        model.parts[1].bias[6] = 50.0  # a constant that is the largest everywhere
+    model = model.to(dtype)
+    report = remove_dead_neurons(model, X[:1].to(dtype), [X.to(dtype)], min_samples=1)
+    assert 6 not in report.removed.get("parts.0", [])
+
+
+def test_shared_parameters_are_told_from_shared_modules() -> None:
+    """One module that runs twice is one layer."""
+    model = net()
+    graph = build_graph(nn.Sequential(model[:3], model[3:]), X[:1])
+    assert len(all_groups(graph)[0]) == 3
