@@ -242,9 +242,13 @@ def _check_attribute(module: nn.Module, key: str, value: Any) -> None:
     Raises:
         TypeError: in words.
     """
-    before = vars(module).get(key)
-    foreign = key not in vars(module) and hasattr(module, key)
-    if foreign or key.startswith("_") or key in ("training", "dnr_builder") or not isinstance(value, (*_PLAIN, list)):
+    before = getattr(module, key, None)
+    if (
+        not isinstance(before, (*_PLAIN, list, tuple))
+        or key.startswith("_")
+        or key in ("training", "dnr_builder")
+        or not isinstance(value, (*_PLAIN, list))
+    ):
         raise TypeError(f"{key} is no plain attribute of {type(module).__name__}")
     for kinds in ((bool, int, float), (str,)):  # a size may become a sequence of sizes, and None anything
         if isinstance(before, kinds) and not isinstance(value, (*kinds, list, type(None))):
