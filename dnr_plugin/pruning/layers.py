@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch_pruning as tp
@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from dnr_plugin.network.dependencies import units
 from dnr_plugin.network.kinds import kind_of
 from dnr_plugin.pruning.cost_model import effect_per_unit
+
+MAX_PRUNING_RATIO = 0.9  # of one group, where groups are ranked against each other
 
 
 @dataclass(frozen=True)
@@ -24,16 +26,23 @@ class Limits:
         ignored: layers left exactly as they are, neither outputs nor inputs removed; names or shell patterns. A name
             covers everything inside it.
         round_to: keep a multiple of this many channels.
-        max_pruning_ratio: largest share in (0, 1] taken from one group, of its size in the dense model.
+        max_pruning_ratio: largest share in (0, 1] taken from one group, of its size in the dense model; None: all but
+            `min_channels` in scope "local", and 0.9 in the others, which else leave some layers with one channel.
         min_channels: units that every part of a group keeps, >= 1: neurons, in every channel group.
         verify: check Torch-Pruning's groups before they are used (`verification.verified`).
     """
 
     ignored: Sequence[str] = ()
     round_to: int | None = None
-    max_pruning_ratio: float = 1.0
+    max_pruning_ratio: float | None = None
     min_channels: int = 1
     verify: bool = True
+
+    def in_scope(self, scope: str) -> Limits:
+        """With the share that may be taken from one group in a scope of `order.SCOPES`."""
+        if self.max_pruning_ratio is not None:
+            return self
+        return replace(self, max_pruning_ratio=1.0 if scope == "local" else MAX_PRUNING_RATIO)
 
 
 @dataclass(frozen=True)
@@ -187,7 +196,8 @@ def _portions(units: int, first: int, each: int, limits: Limits) -> list[int]:
         each: neurons of a unit.
     """
     multiple = limits.round_to // math.gcd(limits.round_to, each) if limits.round_to else 1
-    floor = max(limits.min_channels, math.ceil(first * (1.0 - limits.max_pruning_ratio) - 1e-9), 1)
+    ratio = 1.0 if limits.max_pruning_ratio is None else limits.max_pruning_ratio
+    floor = max(limits.min_channels, math.ceil(first * (1.0 - ratio) - 1e-9), 1)
     portions: list[int] = []
     kept = units
     while True:

@@ -168,7 +168,7 @@ def plan_removal(
     if isinstance(target, Dead) and not isinstance(importance, DyingNeuronImportance):
         raise ValueError("kind: 'dead' needs a DyingNeuronImportance, which observes what is dead")
     dense = dense or baseline(model, example_inputs, keep_model=target.timed)
-    prunable = Survey(model, example_inputs).within(limits, dense.sizes)
+    prunable = Survey(model, example_inputs).within(limits.in_scope(scope), dense.sizes)
     layers, skipped, neurons = prunable.layers, prunable.skipped, prunable.neurons
     zero: dict[str, Tensor] = {}
     dead_in: dict[str, int] = {}

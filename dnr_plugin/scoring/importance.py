@@ -75,7 +75,8 @@ class DyingNeuronImportance(tp.importance.Importance):  # type: ignore[misc]
             None for raw scores, or a function of the live scores, float64, shape [live]. "auto": "mean", but None for
             redundancy, which compares between layers as it is.
         max_pruning_ratio: largest share in (0, 1] taken from one group over all steps, of the size it had when it was
-            first scored; observing another model starts anew. (BasePruner's own is not held within a step.)
+            first scored; observing another model starts anew. (BasePruner's own is not held within a step.) In global
+            scope the default keeps layers from shrinking to one channel; in local scope the pruner's ratio decides.
         min_channels: neurons that every group keeps, >= 1.
         threshold: theta >= 0; a neuron fires where its activation exceeds it.
         share: share in (0, 1] of each batch that means, rates and histograms read.
@@ -98,7 +99,7 @@ class DyingNeuronImportance(tp.importance.Importance):  # type: ignore[misc]
         score: str = "redundancy",
         *,
         normalizer: str | Callable[[Tensor], Tensor] | None = "auto",
-        max_pruning_ratio: float = 1.0,
+        max_pruning_ratio: float = 0.9,
         min_channels: int = 1,
         threshold: float = 0.0,
         share: float = 0.125,

@@ -22,6 +22,7 @@ from dnr_plugin.network.cost import count_params, flop_report
 from dnr_plugin.network.graph import build_graph
 from dnr_plugin.pruning import plan as planning
 from dnr_plugin.pruning.layers import Limits
+from dnr_plugin.pruning.order import SCOPES
 from dnr_plugin.pruning.plan import Plan, check_target, plan_removal, reachable
 from dnr_plugin.pruning.removal import prune_neurons
 from dnr_plugin.pruning.targets import TARGETS, baseline, target_of
@@ -116,6 +117,28 @@ def test_one_neuron_less_misses_the_target(kind: str, scope: str) -> None:
     assert sum(grown.values()) in (1, 4)
     # hence ``plan`` itself is one step short of ``tighter``, whose target it misses
     assert plan.achieved > tighter.requested if kept else plan.achieved < tighter.requested
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_where_layers_are_ranked_against_each_other_each_keeps_a_tenth_unless_asked(scope: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 40, 1), nn.ReLU(), nn.Conv2d(40, 40, 1), nn.ReLU(), nn.Flatten(),
+                          nn.Linear(40 * 64, 2))  # fmt: skip
+    with torch.no_grad():
+        model[0].weight.mul_(1e-3)
+        model[2].weight.mul_(1e-3)
+    magnitude = tp.importance.MagnitudeImportance(normalizer=None)
+
+    def smallest(limits: Limits) -> int:
+        try:
+            plan = plan_removal(model, X, magnitude, "neuron_sparsity", 0.96, scope=scope, limits=limits)
+        except TargetError as error:
+            plan = error.plan
+        return min(40 - len(gone) for gone in plan.removals.values())
+
+    assert smallest(Limits(max_pruning_ratio=1.0)) < 4
+    assert smallest(Limits(max_pruning_ratio=0.75)) == 10
+    assert smallest(Limits()) == (smallest(Limits(max_pruning_ratio=1.0)) if scope == "local" else 4)
 
 
 def test_limits_hold_over_several_steps() -> None:

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*is left alone.*")
 def test_every_score_equals_numpy(score: str, name: str) -> None:
     """Sum or maximum over consumers, sum or mean over a flatten; all but the one channel (per block) that must stay."""
     model, x = make(name), images(96 if score == "redundancy" else 16)
-    importance, seen = observed(model, x, score=score, normalizer=None), inputs(model, x)
+    importance, seen = observed(model, x, score=score, normalizer=None, max_pruning_ratio=1.0), inputs(model, x)
     scored = 0
     for root, group in groups(model):
         if root == "fc":
