@@ -43,6 +43,15 @@ def register(commands: Commands) -> None:
     sensitivity.add_argument("--shares", metavar="X,X,...", help="of a layer; default: 0.25,0.5,0.75,0.9")
     takes_device(sensitivity)
 
+    zoo = command(benches, "zoo", _zoo, "prune networks of torchvision and others as their packages build them")
+    zoo.add_argument("networks", metavar="NETWORK", nargs="*", default=["torchvision.*"],
+                     help="names or patterns; default: torchvision.*")  # fmt: skip
+    zoo.add_argument("--list", action="store_true", help="print the names, and do nothing else")
+    zoo.add_argument("--flops", type=float, default=0.5, help="share that is to remain; default: 0.5")
+    zoo.add_argument("--seconds", type=float, default=120.0, help="that a network may take; default: 120")
+    zoo.add_argument("--output", metavar="DIR", help="folder of zoo.json and zoo.md; by default nothing is written")
+    zoo.add_argument("--resume", action="store_true", help="go on with the zoo in the folder")
+
 
 def _overhead(arguments: argparse.Namespace) -> int:
     from dnr_plugin.benchmarks.overhead import costs, overhead
@@ -79,4 +88,21 @@ def _criteria(arguments: argparse.Namespace) -> int:
         )  # fmt: skip
     written = f"Written to {arguments.output}: criteria.md, criteria.json, criteria.png, cells.jsonl"
     show(*tables(result), *(f"- {note}" for note in notes(result)), written)
+    return DONE
+
+
+def _zoo(arguments: argparse.Namespace) -> int:
+    from dnr_plugin.benchmarks.zoo.networks import chosen
+    from dnr_plugin.benchmarks.zoo.run import run_zoo, zoo_table
+
+    if arguments.list:
+        show("\n".join(entry.name for entry in chosen(arguments.networks)))
+        return DONE
+    result = run_zoo(
+        arguments.networks, flops=arguments.flops, seconds=arguments.seconds, output=arguments.output,
+        resume=arguments.resume, track=track,
+    )  # fmt: skip
+    show(zoo_table(result))
+    if arguments.output is not None:
+        show(f"Written to {arguments.output}: zoo.json, zoo.md")
     return DONE

@@ -42,9 +42,10 @@ def kept_modes(model: nn.Module, *, attributes: bool = True) -> Iterator[None]:
         for module, training in modes.items():
             module.training = training
         for module, values in kept.items():
-            for name, value in _attributes(module).items():
-                if value is values.get(name, module) or next(tensors(value), None) is None:
-                    continue
+            changed = {name: v for name, v in _attributes(module).items() if v is not values.get(name, module)}
+            if all(next(tensors(value), None) is None for value in changed.values()):
+                continue
+            for name in changed:  # with what says that they are there, or of which size
                 if name in values:
                     module.__dict__[name] = values[name]
                 else:

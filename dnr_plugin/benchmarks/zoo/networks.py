@@ -2,37 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+import fnmatch
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from dnr_plugin.errors import InputError, did_you_mean
 from dnr_plugin.models.foreign import torchvision_names
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A network, and the inputs that it takes.
+    """A network, and the input that it takes.
 
     Attributes:
         name: in the table, PACKAGE.NETWORK.
         builder: what `build.rebuild` takes.
-        shapes: of its inputs, without the samples.
+        shape: of its input, without the samples.
         package: to be installed for it, as pip names it.
+        trains: whether train mode takes images alone; detectors want boxes as well.
     """
 
     name: str
     builder: dict[str, Any]
-    shapes: tuple[tuple[int, ...], ...] = ((3, 64, 64),)
+    shape: tuple[int, ...]
     package: str = "torchvision"
-    wrapped: bool = field(default=False)
+    trains: bool = True
 
 
-def _foreign(package: str, module: str, shape: tuple[int, ...], rows: dict[str, dict[str, Any]]) -> list[Entry]:
+def _foreign(
+    package: str, module: str, shape: tuple[int, ...], rows: Mapping[str, Mapping[str, Any]], *, trains: bool = True
+) -> list[Entry]:
     """Networks that classes or functions of a module make."""
     return [
-        Entry(f"{package}.{name}", {"name": f"{module}:{name.split('-')[0]}", "kwargs": kwargs}, (shape,), package)
+        Entry(
+            f"{package}.{name}", {"name": f"{module}:{name.split('-')[0]}", "kwargs": dict(kwargs)}, shape, package,
+            trains,
+        )
         for name, kwargs in rows.items()
-    ]
+    ]  # fmt: skip
 
 
 _IMAGE_2D = {"spatial_dims": 2, "in_channels": 1}
@@ -71,24 +79,89 @@ SMP = _foreign(
 
 # Images that a classifier of torchvision takes no smaller, or at one size alone; the others get 64 pixels.
 _SIDES = {"inception_v3": 96, "alexnet": 96, "maxvit_t": 224}
-_SIZED = {"vit_": {"image_size": 64}}
 
 
-def _torchvision() -> list[Entry]:
+def _classifiers() -> list[Entry]:
     """All classifiers of torchvision."""
     rows = []
     for name in torchvision_names():
-        more: dict[str, Any] = next((kwargs for start, kwargs in _SIZED.items() if name.startswith(start)), {})
-        if name == "vit_h_14":
-            more = {"image_size": 56}
-        side = more.get("image_size", _SIDES.get(name, 64))
-        builder = {"name": f"torchvision.{name}", "kwargs": {"num_classes": 10, **more}}
-        rows.append(Entry(f"torchvision.{name}", builder, ((3, side, side),)))
+        sized = {"image_size": 56 if name == "vit_h_14" else 64} if name.startswith("vit_") else {}
+        side = sized.get("image_size", _SIDES.get(name, 64))
+        builder = {"name": f"torchvision.{name}", "kwargs": {"num_classes": 10, **sized}}
+        rows.append(Entry(f"torchvision.{name}", builder, (3, side, side)))
     return rows
 
 
-def entries() -> Iterator[Entry]:
+_UNTRAINED = {"weights": None, "weights_backbone": None}
+_SEGMENTING = {"num_classes": 2, **_UNTRAINED}
+DENSE_TASKS = [
+    *_foreign(
+        "torchvision", "torchvision.models.segmentation", (3, 64, 64),
+        dict.fromkeys(
+            ("deeplabv3_mobilenet_v3_large", "deeplabv3_resnet50", "fcn_resnet50", "lraspp_mobilenet_v3_large"),
+            _SEGMENTING,
+        ),
+    ),
+    *_foreign(
+        "torchvision", "torchvision.models.detection", (3, 128, 128),
+        dict.fromkeys(
+            ("fasterrcnn_mobilenet_v3_large_320_fpn", "retinanet_resnet50_fpn", "ssdlite320_mobilenet_v3_large"),
+            _SEGMENTING,
+        ),
+        trains=False,
+    ),
+    *_foreign("torchvision", "torchvision.models.video", (3, 8, 56, 56), {"r3d_18": {"weights": None}}),
+]  # fmt: skip
+
+TIMM = [
+    Entry(
+        f"timm.{name}", {"name": "timm:create_model", "kwargs": {"model_name": name, "num_classes": 10}},
+        (3, side, side), "timm",
+    )
+    for side, names in {
+        64: "resnet26d resnetv2_50 resnext26ts seresnet50 skresnet18 res2net50d resnest14d ecaresnet26t gcresnet33ts "
+            "dla34 hrnet_w18_small vovnet39a ese_vovnet19b_dw cspresnet50 cspdarknet53 darknet53 dpn48b xception41 "
+            "inception_resnet_v2 inception_v4 mobilenetv3_small_100 mobilenetv4_conv_small efficientnet_lite0 "
+            "tinynet_e ghostnet_100 mnasnet_small lcnet_050 rexnet_100 repvgg_a0 nfnet_f0 densenetblur121d selecsls42 "
+            "convnextv2_atto edgenext_xx_small fastvit_t8",
+        224: "deit_tiny_patch16_224 xcit_nano_12_p16_224 levit_128s pvt_v2_b0 poolformer_s12",
+    }.items()
+    for name in names.split()
+]  # fmt: skip
+
+ULTRALYTICS = [
+    Entry(
+        f"ultralytics.{name}",
+        {"name": f"ultralytics.nn.tasks:{kind}", "kwargs": {"cfg": f"{name}.yaml", "verbose": False}},
+        (3, 64, 64), "ultralytics", trains=kind == "ClassificationModel",
+    )
+    for kind, names in {
+        "DetectionModel": "yolov3-tiny yolov5n yolov6n yolov8n yolov9t yolov10n yolo11n yolo12n",
+        "SegmentationModel": "yolov8n-seg",
+        "ClassificationModel": "yolov8n-cls",
+    }.items()
+    for name in names.split()
+]  # fmt: skip
+
+
+def entries() -> list[Entry]:
     """All networks of the zoo, package by package."""
-    yield from _torchvision()
-    yield from MONAI
-    yield from SMP
+    return [*_classifiers(), *DENSE_TASKS, *TIMM, *MONAI, *SMP, *ULTRALYTICS]
+
+
+def chosen(patterns: Sequence[str]) -> list[Entry]:
+    """The networks of these names or shell patterns, in the zoo's order.
+
+    Raises:
+        InputError: a pattern that fits none.
+    """
+    known = entries()
+    names = [entry.name for entry in known]
+    problems = [
+        f"NETWORK: expected a network of the zoo (--list) or a pattern, found {pattern!r}{did_you_mean(pattern, names)}"
+        for pattern in patterns
+        if not fnmatch.filter(names, pattern)
+    ]
+    if problems:
+        raise InputError(*problems)
+    return [entry for entry in known if any(fnmatch.fnmatchcase(entry.name, pattern) for pattern in patterns)]

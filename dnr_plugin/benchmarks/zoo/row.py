@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dnr_plugin.benchmarks.zoo.networks import Entry
 from dnr_plugin.errors import RunError, TargetError
@@ -56,8 +56,8 @@ def try_network(entry: Entry, flops: float, tell: Callable[[str, Any], None]) ->
     except TargetError as error:
         if error.plan is None:
             raise
-        plan, note = error.plan, str(error)
-        tell("note", note)
+        plan = error.plan
+        tell("short", str(error))
     tell("planned", time.perf_counter() - started)
     tell("neurons", plan.dense_neurons)
     tell("left", [list(pair) for pair in plan.skipped])
@@ -65,12 +65,13 @@ def try_network(entry: Entry, flops: float, tell: Callable[[str, Any], None]) ->
     after = flop_report(model, example)
     tell("pruned", {"flops": after.flops, "params": after.params})
     tell("neurons_removed", plan.removed)
-    _step(model, example)
+    if entry.trains:
+        _step(model, example)
     pruned = copied(model)
     repairs = repair_network(pruned, dense, example, plan.removals, images)
     reference = eval_outputs(dense, example)
     tell("error", [output_difference(reference, eval_outputs(m, example))[1] for m in (model, pruned)])
-    tell("repaired", sum(repair.left is None for repair in repairs) if repairs else 0)
+    tell("repaired", sum(repair.damping is not None for repair in repairs))
     with tempfile.TemporaryDirectory() as folder:
         save_pruned(model, folder, entry.builder)
         reloaded = load_pruned(folder, allow_import=True)
@@ -82,10 +83,9 @@ def try_network(entry: Entry, flops: float, tell: Callable[[str, Any], None]) ->
     tell("seconds", time.perf_counter() - started)
 
 
-def _images(entry: Entry, count: int, seed: int) -> Any:
+def _images(entry: Entry, count: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    inputs = tuple(torch.randn(count, *shape, generator=generator) for shape in entry.shapes)
-    return inputs[0] if len(inputs) == 1 else inputs
+    return torch.randn(count, *entry.shape, generator=generator)
 
 
 def _spread(model: nn.Module) -> None:
