@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Sequence
+import weakref
+from collections.abc import Iterator, Sequence
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -23,8 +25,27 @@ _MEMBERS = 5000  # of a group, at most
 _SECONDS = 120.0  # that Torch-Pruning may take to build a graph
 
 
+# Roots of a model whose groups have no end, which takes long to see: they stay so while the model shrinks.
+_endless: weakref.WeakKeyDictionary[nn.Module, set[nn.Module]] = weakref.WeakKeyDictionary()
+
+
 class Unbounded(Exception):
     """A group's indices or members grow beyond what the network has."""
+
+
+class Unmapped(Exception):
+    """A group passes an operation through which Torch-Pruning cannot follow its indices."""
+
+
+# Operations that number channels anew, and Torch-Pruning's word for each.
+_MAPPED = {
+    ops.OPTYPE.CONCAT: "concat",
+    ops.OPTYPE.SPLIT: "split",
+    ops.OPTYPE.RESHAPE: "reshape",
+    ops.OPTYPE.UNBIND: "unbind",
+    ops.OPTYPE.EXPAND: "expand",
+    ops.OPTYPE.SLICE: "slice",
+}
 
 
 class _RecurrentInputs(tp.pruner.function.BasePruningFunc):  # type: ignore[misc]
@@ -132,6 +153,7 @@ class _Graph(tp.DependencyGraph):  # type: ignore[misc]
         super().__init__()
         self._longest: int | None = None
         self._mapped: list[torch.Size] | None = None
+        self._unmapped: dict[Any, str] = {}
         norms = _Norms()
         self._in_channel_pruning_fn.add(norms.prune_in_channels)
         self._out_channel_pruning_fn.add(norms.prune_out_channels)
@@ -142,18 +164,44 @@ class _Graph(tp.DependencyGraph):  # type: ignore[misc]
         if self._longest is None:  # widths only fall
             widths = (max(kind_of(m).channels) for m in self.module2node if isinstance(m, nn.Module))
             self._longest = _LONGEST * max(1, *widths)
-        shapes = [parameter.shape for parameter in self.model.parameters()]
-        own: dict[str, Any] = {"Group": partial(_Group, self._longest)}
-        if shapes == self._mapped:  # Torch-Pruning walks the whole graph for this, at each group, over and over
-            own["index_mapping"] = SimpleNamespace(update_index_mapping=lambda graph: None)
-        self._mapped = shapes
+        with self._instead(Group=partial(_Group, self._longest)):
+            group = super().get_pruning_group(module, pruning_fn, idxs)
+        for dep, _ in group:
+            if dep.target in self._unmapped:
+                raise Unmapped(self._unmapped[dep.target])
+        return group
+
+    def build_dependency(self, *args: Any, **kwargs: Any) -> tp.DependencyGraph:
+        with self._instead():
+            return super().build_dependency(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def _instead(self, **own: Any) -> Iterator[None]:
+        """Lets Torch-Pruning's own methods call what stands here instead of what they call by these names."""
         scope = tp.DependencyGraph.get_pruning_group.__globals__
+        own["index_mapping"] = SimpleNamespace(update_index_mapping=type(self)._map_indices)
         before = {name: scope[name] for name in own}
         scope.update(own)
         try:
-            return super().get_pruning_group(module, pruning_fn, idxs)
+            yield
         finally:
             scope.update(before)
+
+    def _map_indices(self) -> None:
+        """`update_index_mapping`, node by node: what fails at one of them costs the groups that pass there alone."""
+        shapes = [parameter.shape for parameter in self.model.parameters()]
+        if shapes == self._mapped:
+            return
+        self._mapped = shapes
+        for node in self.module2node.values():
+            if node.type in _MAPPED:
+                try:
+                    getattr(tp.dependency.index_mapping, f"update_{_MAPPED[node.type]}_index_mapping")(self, node)
+                except Exception as error:  # Torch-Pruning raises whatever its inference of shapes stumbles over
+                    self._unmapped[node] = (
+                        f"Torch-Pruning cannot follow its channels through a {_MAPPED[node.type]} "
+                        f"({type(error).__name__}: {first_line(error)})"
+                    )
 
 
 def build_graph(model: nn.Module, example_inputs: Any, **kwargs: Any) -> tp.DependencyGraph:
@@ -216,10 +264,17 @@ def all_groups(graph: tp.DependencyGraph) -> tuple[list[tp.dependency.Group], li
         channels = None if pruner is None else pruner.get_out_channels(root)
         if channels is None:
             continue
+        endless = _endless.setdefault(graph.model, set())
         try:
+            if root in endless:
+                raise Unbounded
             group = graph.get_pruning_group(root, pruner.prune_out_channels, [*range(channels)])
         except Unbounded:
+            endless.add(root)
             failed.append((root, "Torch-Pruning multiplies its channels without end"))
+            continue
+        except Unmapped as error:
+            failed.append((root, str(error)))
             continue
         except Exception as error:  # Torch-Pruning raises whatever its index mapping stumbles over
             failed.append((root, f"Torch-Pruning fails at its group with {type(error).__name__}: {first_line(error)}"))

@@ -138,7 +138,7 @@ class Survey:
             if isinstance(kind, Recurrent):
                 reasons.append((name, "the hidden units of a recurrent layer are not pruned"))
             elif module not in self.graph.module2node:
-                reasons.append((name, "it does not run in eval mode, or under no_grad"))
+                reasons.append((name, "it is not called in eval mode, or under no_grad"))
             elif len(whole.get(module, ())) < kind.channels[1]:
                 reasons.append((name, "Torch-Pruning puts its channels into no group, as where one stands for many"))
         return reasons

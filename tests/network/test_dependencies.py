@@ -10,7 +10,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torch_pruning as tp
-import torchvision
 from helpers.networks import Residual, images, make
 from torch import Tensor, nn
 
@@ -89,18 +88,11 @@ class Picky(nn.Module):
         raise KeyError("no\nsuch thing")
 
 
-@pytest.mark.parametrize(
-    ("build", "reason"),
-    [
-        (lambda: torchvision.models.shufflenet_v2_x0_5(weights=None), "ShuffleNetV2 fails with ZeroDivisionError"),
-        (Picky, "Picky fails with KeyError: "),
-    ],
-)
-def test_a_model_that_cannot_be_traced_is_an_input_error(build: Callable[[], nn.Module], reason: str) -> None:
+def test_a_model_that_cannot_be_traced_is_an_input_error() -> None:
     """One line with the reason; modes, flags and hooks are as before."""
-    model = build().train()
+    model = Picky().train()
     flags = [p.requires_grad for p in model.parameters()]
-    with pytest.raises(InputError, match=reason) as caught:
+    with pytest.raises(InputError, match="Picky fails with KeyError: ") as caught:
         build_graph(model, torch.randn(1, 3, 64, 64))
     assert len(caught.value.problems) == 1
     assert "\n" not in str(caught.value)

@@ -74,3 +74,36 @@ def test_groups_follow_widths_that_change(name: str) -> None:
         graph.get_pruning_group(root, graph.get_pruner_of_module(root).prune_out_channels, [0, 2]).prune()
     assert len(model(X)) == 2
     assert content(all_groups(graph)[0]) == content(all_groups(build_graph(model, X))[0])
+
+
+def test_an_operation_that_cannot_be_followed_costs_the_groups_that_pass_it_alone() -> None:
+    """ShuffleNet's shuffle is a division by zero in Torch-Pruning; the inner layers of its blocks do not pass it."""
+    model = torchvision.models.shufflenet_v2_x0_5(num_classes=4).eval()
+    groups, failed = all_groups(build_graph(model, X))
+    names = {module: name for name, module in model.named_modules()}
+    prunable = {names.get(dep.target.module) for group in groups for dep, _ in group}
+    assert {f"stage3.{k}.branch2.0" for k in range(8)} <= prunable
+    assert {names[root] for root, _ in failed} >= {f"stage3.{k}.branch2.5" for k in range(1, 8)}
+    assert all(reason.startswith("Torch-Pruning ") for _, reason in failed)
+
+
+class Doubled(nn.Module):
+    """Every channel beside every other, again and again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.fc = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1), nn.Linear(8 * 16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = nn.functional.adaptive_avg_pool2d(self.b(self.a(x).relu()), 4).flatten(2)
+        result: Tensor = self.fc((y @ (y.transpose(1, 2) @ y)).flatten(1))
+        return result
+
+
+def test_a_root_whose_group_has_no_end_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Doubled().eval()
+    monkeypatch.setattr("dnr_plugin.network.graph._MEMBERS", 2)
+    first = all_groups(build_graph(model, X))[1]
+    assert {reason for _, reason in first} == {"Torch-Pruning multiplies its channels without end"}
+    monkeypatch.undo()
+    assert all_groups(build_graph(model, X))[1] == first

@@ -213,7 +213,7 @@ def test_what_is_read_in_train_mode_alone_is_left() -> None:
     model = TrainOnly()
     named = reasons(model)
     assert named["a"] == "aux reads it, which runs in train mode alone"
-    assert named["aux"] == "it does not run in eval mode, or under no_grad"
+    assert named["aux"] == "it is not called in eval mode, or under no_grad"
     kill(model.a, [0, 1]), kill(model.b, [2, 3])
     report = remove_dead_neurons(model, X[:1], [X], min_samples=1)
     assert report.removed == {"b": [2, 3]}

@@ -87,7 +87,9 @@ def _classifiers() -> list[Entry]:
     for name in torchvision_names():
         sized = {"image_size": 56 if name == "vit_h_14" else 64} if name.startswith("vit_") else {}
         side = sized.get("image_size", _SIDES.get(name, 64))
-        builder = {"name": f"torchvision.{name}", "kwargs": {"num_classes": 10, **sized}}
+        builder: dict[str, Any] = {"name": f"torchvision.{name}", "kwargs": {"num_classes": 10}}
+        if sized:  # an argument of the function, where image_size means the data's
+            builder = {"name": f"torchvision.models:{name}", "kwargs": {"num_classes": 10, "weights": None, **sized}}
         rows.append(Entry(f"torchvision.{name}", builder, (3, side, side)))
     return rows
 
