@@ -65,3 +65,9 @@ def versions() -> dict[str, str]:
 
     names = ("dnr_plugin", "torch", "torchvision", "torch-pruning", "fvcore", "numpy")
     return {"python": platform.python_version(), **{name: version(name) for name in names}}
+
+
+def ranks() -> int:
+    """How many processes train together; 1 where there is no process group."""
+    distributed = torch.distributed
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dnr_plugin.devices import ranks
 from dnr_plugin.dynamics.candidates import CandidateHistory
 from dnr_plugin.dynamics.check import Check, LayerCheck
 from dnr_plugin.dynamics.live_parameters import live_factors
@@ -19,8 +20,7 @@ from dnr_plugin.dynamics.timetable import Timetable
 from dnr_plugin.dynamics.zeroing import SoftZeros
 from dnr_plugin.errors import TargetError
 from dnr_plugin.network.calling import eager, eval_outputs, one_sample, output_difference
-from dnr_plugin.network.dependencies import inexact_reason, output_layers, uses
-from dnr_plugin.network.kinds import consumer
+from dnr_plugin.network.dependencies import channels_carrying, inexact_reason, output_layers, uses
 from dnr_plugin.observation.observer import Observer
 from dnr_plugin.pruning.groups import prunable_layers
 from dnr_plugin.pruning.layers import Layer, Limits
@@ -129,7 +129,7 @@ class DyingNeuronDynamics:
         self.when, self.policy, self.min_samples = when, policy, min_samples
         self._zeroing = zero
         self.importance = importance or DyingNeuronImportance("variation", moments=False)
-        self.scope, self.limits, self.fold, self.followers = scope, limits, fold, tuple(followers)
+        self.scope, self.limits, self.fold, self.followers = scope, limits.in_scope(scope), fold, tuple(followers)
         self.dense = dense or baseline(model, example_inputs)
         self._layers()  # what the limits name must exist
         self._outputs = output_layers(model, self.example)
@@ -180,7 +180,7 @@ class DyingNeuronDynamics:
         if self._due[0] == self._step:
             return self._due[1]
         samples = torch.tensor(self._observer.samples, device=next(self.model.parameters()).device)
-        if _ranks() > 1:  # the same answer everywhere, also where last batches differ
+        if ranks() > 1:  # the same answer everywhere, also where last batches differ
             torch.distributed.all_reduce(samples)
         self._due = (self._step, int(samples) >= self.min_samples)
         return self._due[1]
@@ -273,7 +273,7 @@ class DyingNeuronDynamics:
         assert self._observer is not None
         observer, self._observer = self._observer, None
         observer.release()
-        if _ranks() > 1:  # before anything can fail on one rank and leave the others waiting
+        if ranks() > 1:  # before anything can fail on one rank and leave the others waiting
             observer.all_reduce()
         observer.__exit__(None, None, None)
         self.importance.judge_by(observer)
@@ -387,14 +387,9 @@ class DyingNeuronDynamics:
 
     def _install(self, layers: Sequence[Layer], since: int = 0) -> None:
         """Zeroes the candidates, and notes where dead neurons are."""
-        zeros: dict[nn.Module, Tensor] = {}
         known = {layer.name: layer for layer in layers if layer.name in self.histories}
-        for name, layer in known.items():
-            zeroed = self._zeroed(self.histories[name], since)
-            for use in uses(layer.group) if zeroed.any() else ():
-                gone = zeros.setdefault(use.module, torch.zeros(consumer(use.module).channels[0], dtype=torch.bool))
-                gone[use.channels] |= zeroed[use.neurons]
-        self._zeros.set(zeros)
+        zeroed = ((layer.group, self._zeroed(self.histories[name], since)) for name, layer in known.items())
+        self._zeros.set(channels_carrying(zeroed))
         self._dead_in = {name: layer for name, layer in known.items() if self.histories[name].dead.any()}
         self._live = None
 
@@ -422,8 +417,3 @@ class DyingNeuronDynamics:
         self.skipped = [(layer, reason) for layer, reason in state["skipped"]]
         self.histories = {name: CandidateHistory.from_state_dict(past) for name, past in state["histories"].items()}
         self._read = state["read"]
-
-
-def _ranks() -> int:
-    distributed = torch.distributed
-    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1

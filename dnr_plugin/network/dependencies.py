@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,6 +78,20 @@ def uses(group: tp.dependency.Group) -> list[Use]:
             neurons = [position[root] for root in item.root_idxs]
         consumers.append(Use(module, torch.tensor(channels), torch.tensor(neurons)))
     return consumers
+
+
+def channels_carrying(marked: Iterable[tuple[tp.dependency.Group, Tensor]]) -> dict[nn.Module, Tensor]:
+    """Consumer -> which of its input channels carry marked neurons, bool, shape [in]; without those that carry none.
+
+    Args:
+        marked: groups with all indices, each with its marked neurons, bool, shape [n].
+    """
+    channels: dict[nn.Module, Tensor] = {}
+    for group, neurons in marked:
+        for use in uses(group) if neurons.any() else ():
+            mask = torch.zeros(kind_of(use.module).channels[0], dtype=torch.bool)
+            channels.setdefault(use.module, mask)[use.channels[neurons[use.neurons]]] = True
+    return {module: mask for module, mask in channels.items() if mask.any()}
 
 
 def channel_groups(group: tp.dependency.Group) -> int:

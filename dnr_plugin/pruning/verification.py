@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from dnr_plugin.errors import first_line
 from dnr_plugin.network.calling import copied, eval_outputs, mapped, output_difference, without_hooks
-from dnr_plugin.network.dependencies import inexact_reason, uses
+from dnr_plugin.network.dependencies import channels_carrying, inexact_reason, uses
 from dnr_plugin.network.graph import build_graph
 from dnr_plugin.network.kinds import consumer, is_consumer
 from dnr_plugin.network.looking import transparent_norms
@@ -198,17 +198,14 @@ class _Trial:
     def _zeroed(self, layers: Sequence[Layer]) -> list[Tensor]:
         trial = copied(self.model)
         modules = dict(trial.named_modules())
-        gone: dict[str, Tensor] = {}
+        taken = []
         for layer in layers:
-            taken = torch.zeros(layer.size, dtype=torch.bool)
-            taken[layer.neurons(_half(layer))] = True
-            for use in uses(layer.group):
-                name = self.names[use.module]
-                zero = gone.setdefault(name, torch.zeros(consumer(use.module).channels[0], dtype=torch.bool))
-                zero[use.channels[taken[use.neurons]]] = True
+            taken.append((layer.group, torch.zeros(layer.size, dtype=torch.bool)))
+            taken[-1][1][layer.neurons(_half(layer))] = True
         with contextlib.ExitStack() as hooks, transparent_norms(trial), without_hooks(trial):
-            for name, zero in gone.items():
-                hooks.callback(modules[name].register_forward_pre_hook(_zeroing(modules[name], zero)).remove)
+            for module, zero in channels_carrying(taken).items():
+                reader = modules[self.names[module]]
+                hooks.callback(reader.register_forward_pre_hook(_zeroing(reader, zero)).remove)
             return eval_outputs(trial, self.example)
 
 

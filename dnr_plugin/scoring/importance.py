@@ -12,7 +12,6 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from dnr_plugin.errors import did_you_mean
 from dnr_plugin.network.calling import network_of
 from dnr_plugin.network.dependencies import channel_groups, shared_reason, units, uses
 from dnr_plugin.network.kinds import consumer
@@ -23,7 +22,7 @@ from dnr_plugin.scoring.correction import correct
 from dnr_plugin.scoring.evidence import Evidence, Verdict, judge, read
 from dnr_plugin.scoring.following import Followed, Pending
 from dnr_plugin.scoring.redundancy import redundancy
-from dnr_plugin.scoring.scores import SCORES, lexicographic, score_neurons
+from dnr_plugin.scoring.scores import check_settings, lexicographic, score_neurons
 from dnr_plugin.scoring.sparse_training import for_a_penalty
 
 # Three tiers of float64, far apart: dead neurons below, live ones between, those that must stay above.
@@ -108,24 +107,9 @@ class DyingNeuronImportance(tp.importance.Importance):  # type: ignore[misc]
         histories: Mapping[str, NeuronHistory] | None = None,
         prior: float = 0.0,
     ) -> None:
-        if score not in SCORES:
-            raise ValueError(
-                f"score: expected one of {', '.join(SCORES)}, found {score!r}{did_you_mean(score, SCORES)}"
-            )
-        if isinstance(normalizer, str) and normalizer not in ("auto", "mean", "max"):
-            raise ValueError(f"normalizer: expected 'auto', 'mean', 'max', None or a function, found {normalizer!r}")
-        if score == "redundancy" and not moments:
-            raise ValueError("moments: expected True for score 'redundancy', found False")
+        check_settings(score, normalizer, moments, max_pruning_ratio, min_channels, threshold, prior)
         if normalizer == "auto":
             normalizer = None if score == "redundancy" else "mean"
-        if not 0.0 < max_pruning_ratio <= 1.0:
-            raise ValueError(f"max_pruning_ratio: expected a number in (0, 1], found {max_pruning_ratio}")
-        if min_channels < 1:
-            raise ValueError(f"min_channels: expected at least 1, found {min_channels}")
-        if threshold < 0.0:
-            raise ValueError(f"threshold: expected at least 0, found {threshold}")
-        if not 0.0 <= prior < math.inf:
-            raise ValueError(f"prior: expected a number of at least 0, found {prior}")
         if prior and histories is None:
             raise ValueError(f"histories: expected those of a training that was watched with prior {prior}, found none")
         self._histories, self.prior = dict(histories or {}), prior

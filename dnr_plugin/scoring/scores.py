@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from dnr_plugin.errors import did_you_mean
 from dnr_plugin.network.kinds import consumer
 from dnr_plugin.scoring.evidence import Evidence
 
@@ -70,3 +73,33 @@ def lexicographic(first: Tensor, second: Tensor) -> Tensor:
     """Indices that sort by ``first``, then ``second``, then position."""
     by_second = second.argsort(stable=True)
     return by_second[first[by_second].argsort(stable=True)]
+
+
+def check_settings(
+    score: str,
+    normalizer: Any,
+    moments: bool,
+    max_pruning_ratio: float,
+    min_channels: int,
+    threshold: float,
+    prior: float,
+) -> None:
+    """Refuses what `importance.DyingNeuronImportance` cannot score by.
+
+    Raises:
+        ValueError: an argument is out of range or unknown.
+    """
+    if score not in SCORES:
+        raise ValueError(f"score: expected one of {', '.join(SCORES)}, found {score!r}{did_you_mean(score, SCORES)}")
+    if isinstance(normalizer, str) and normalizer not in ("auto", "mean", "max"):
+        raise ValueError(f"normalizer: expected 'auto', 'mean', 'max', None or a function, found {normalizer!r}")
+    if score == "redundancy" and not moments:
+        raise ValueError("moments: expected True for score 'redundancy', found False")
+    for name, value, fits, expected in (
+        ("max_pruning_ratio", max_pruning_ratio, 0.0 < max_pruning_ratio <= 1.0, "a number in (0, 1]"),
+        ("min_channels", min_channels, min_channels >= 1, "at least 1"),
+        ("threshold", threshold, threshold >= 0.0, "at least 0"),
+        ("prior", prior, 0.0 <= prior < math.inf, "a number of at least 0"),
+    ):
+        if not fits:
+            raise ValueError(f"{name}: expected {expected}, found {value}")

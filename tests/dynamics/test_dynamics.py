@@ -187,7 +187,7 @@ RUNS = [
 def test_accounts_add_up_and_targets_are_met(kind: str, value: float, scope: str, limits: dict[str, Any]) -> None:
     """While neurons die and wake at random in a network with every kind of group."""
     draw, model = random.Random(0), every_group.lively(every_group.Net(), every_group.images(64))
-    example, allowed = images(1), Limits(**limits)
+    example, allowed = images(1), Limits(**limits).in_scope(scope)
     dense, step_size = baseline(model, example), one_step(model, example, kind, allowed)
     optimizer = sgd(model)
     found = []
