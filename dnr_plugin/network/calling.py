@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -272,11 +273,17 @@ def output_difference(before: Sequence[Tensor], after: Sequence[Tensor]) -> tupl
     """Largest difference of outputs.
 
     Args:
-        before, after: tensors of a model's output, in order, of the same shapes.
+        before, after: tensors of a model's output, in order.
 
     Returns:
-        The largest absolute difference, and the same relative to the largest absolute output before; both >= 0.
+        The largest absolute difference, and the same relative to the largest absolute output before; both >= 0, and
+        infinite where the shapes differ, as where a detector finds another number of boxes.
     """
+    if [a.shape for a in before] != [b.shape for b in after]:
+        return math.inf, math.inf
+    before, after = [a for a in before if a.numel()], [b for b in after if b.numel()]
+    if not before:
+        return 0.0, 0.0
     absolute = max(float((a.double() - b.double()).abs().max()) for a, b in zip(before, after, strict=True))
     largest = max(float(a.double().abs().max()) for a in before)
     return absolute, absolute / largest if largest > 0 else absolute

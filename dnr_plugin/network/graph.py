@@ -171,6 +171,18 @@ class _Graph(tp.DependencyGraph):  # type: ignore[misc]
                 raise Unmapped(self._unmapped[dep.target])
         return group
 
+    def check_pruning_group(self, group: tp.dependency.Group) -> bool:
+        """Whether every layer keeps a channel. An index may be there several times, once for each that drew it in."""
+        for dep, idxs in group:
+            for mine, channels in (
+                (self.is_out_channel_pruning_fn, self.get_out_channels),
+                (self.is_in_channel_pruning_fn, self.get_in_channels),
+            ):
+                size = channels(dep.target.module) if mine(dep.handler) else None
+                if size is not None and size <= len(set(idxs)):
+                    return False
+        return True
+
     def build_dependency(self, *args: Any, **kwargs: Any) -> tp.DependencyGraph:
         with self._instead():
             return super().build_dependency(*args, **kwargs)

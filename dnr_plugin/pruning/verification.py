@@ -170,6 +170,8 @@ class _Trial:
             return pruned
         zeroed = self._zeroed(layers)
         if [out.shape for out in pruned] != [out.shape for out in zeroed]:
+            if self._varies():
+                return None  # as of a detector, which finds another number of boxes in other features
             return "without some of its neurons the model's outputs have another shape"
         wide = all(out.element_size() >= 4 for out in zeroed if out.is_floating_point())
         if not zeroed or not all(bool(out.isfinite().all()) for out in zeroed):
@@ -177,6 +179,16 @@ class _Trial:
         if output_difference(zeroed, pruned)[1] > (_TOLERANCE if wide else _TOLERANCE_16_BITS):
             return "taking neurons out does more than zeroing them where Torch-Pruning says they are used"
         return None
+
+    def _varies(self) -> bool:
+        """Whether the shapes of the outputs depend on what is in the inputs."""
+        generator = torch.Generator().manual_seed(1)
+        other = mapped(
+            lambda a: torch.rand(a.shape, generator=generator).to(a) if a.is_floating_point() else a, self.example
+        )
+        with without_hooks(self.model):
+            shapes = [[out.shape for out in eval_outputs(self.model, inputs)] for inputs in (self.example, other)]
+        return shapes[0] != shapes[1]
 
     def _without(self, layers: Sequence[Layer]) -> list[Tensor] | str:
         trial = copied(self.model)

@@ -42,6 +42,7 @@ from dnr_plugin.repair.reference import Reference
 
 _MAX_UNKNOWNS = 8192  # weights of one output: beyond, the moments of the inputs outgrow memory
 _FOLDED = "its outputs are not one for each image"
+_SHIFTING = "what it is added to is computed in calls whose number depends on the images"
 _UNLIKE = "what it gives is not what its weights make of its inputs, as where a hook changes either"
 _OTHERWISE = "{}: the pruned model was expected to run like the dense one, found otherwise"
 
@@ -148,7 +149,7 @@ def repair_towards(
     modules = {name: module for module, name in module_names(model).items()}
     left = {name: _left(modules[name]) for name in sites}
     left |= {name: _FOLDED for name in sites if left[name] is None and name not in reference.targets}
-    left |= dict.fromkeys(reference.otherwise, _UNLIKE)
+    left |= dict.fromkeys(reference.shifting, _SHIFTING) | dict.fromkeys(reference.otherwise, _UNLIKE)
     done = {name: LayerRepair(name, left="it runs more than once, or not at all") for name in kept if name not in sites}
     reached: set[str] = set()
     others: dict[int, Tensor] = {}

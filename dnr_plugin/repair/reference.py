@@ -73,7 +73,14 @@ class Reference:
         self.places = {
             name: Places(f"{seed} {name}", self._per_image(modules[name]), self.count) for name in self.sites
         }
-        fitted = {name: site for name, site in self.sites.items() if kind_of(modules[name]).unrepaired is None}
+        other = trace_sites(dense, part_of(self.images, slice(samples_in(example_inputs) + 1)))
+        # calls are known by their numbers, which in a loop over images depend on how many there are
+        self.shifting = {name for name, site in self.sites.items() if _where(other.get(name, Site())) != _where(site)}
+        fitted = {
+            name: site
+            for name, site in self.sites.items()
+            if kind_of(modules[name]).unrepaired is None and name not in self.shifting
+        }
         self.targets = _targets(dense, fitted, self.places, self.images)
         few = min(_CHECKED, *(places.chunk for places in self.places.values()))
         self.otherwise = _otherwise(dense, fitted, self.places, part_of(self.images, slice(few)))
@@ -93,6 +100,10 @@ class Reference:
         there = copy.copy(places)
         there.per_image = min(places.per_image, self._per_image(module))
         return there, targets.view(self.count, -1, targets.shape[1])[:, : there.per_image].flatten(0, 1)
+
+
+def _where(site: Site) -> tuple[int | None, int | None]:
+    return site.sum, site.other
 
 
 def _otherwise(dense: nn.Module, sites: Mapping[str, Site], places: Mapping[str, Places], images: Any) -> set[str]:

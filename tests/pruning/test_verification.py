@@ -453,3 +453,47 @@ def test_random_networks(seed: int) -> None:
 def test_a_thousand_random_networks(hundred: int) -> None:
     for seed in range(100 * hundred + 50, 100 * hundred + 150):
         check_random_network(seed)
+
+
+def selective(m: Any, x: Tensor) -> Tensor:
+    """Two paths, weighed channel by channel by a softmax over the paths, as in a selective kernel."""
+    paths = torch.stack([m.a(x).relu(), m.b(x).relu()], 1)
+    weights = m.select(m.squeeze(paths.sum(1).mean((2, 3), keepdim=True)).relu())
+    weights = weights.view(len(x), 2, -1, 1, 1).softmax(1)
+    return head(m, m.c((paths * weights).sum(1)).relu())
+
+
+def test_a_plan_of_paths_that_are_weighed_can_be_executed() -> None:
+    """Torch-Pruning lists an index once for each that drew it in, which is not to be counted twice."""
+    torch.manual_seed(0)
+    model = Net(selective, a=conv(3, 16), b=conv(3, 16), squeeze=nn.Conv2d(16, 8, 1), select=nn.Conv2d(8, 32, 1),
+                c=conv(16, 8), fc=nn.Linear(8, 5)).eval()  # fmt: skip
+    plan = plan_removal(model, X[:1], observed(model), "flops", 0.5)
+    prune_neurons(model, X[:1], plan.removals)
+    assert model(X).shape == (48, 5)
+    assert plan.achieved <= 0.5
+
+
+class Boxes(nn.Module):
+    """As many rows as positions that stand out, which in other features are others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = conv(3, 12), nn.Conv2d(12, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.b(self.a(x).relu())
+        return out.permute(0, 2, 3, 1)[out[:, 0] > 0.0]
+
+
+def test_outputs_whose_number_depends_on_the_features_do_not_condemn_a_group() -> None:
+    model = Boxes().eval()
+    assert [layer.name for layer in prunable_layers(model, X[:1], Limits(), {}).layers] == ["a"]
+    with torch.no_grad():
+        model.a.weight[:3], model.a.bias[:3] = 0.0, -1.0
+    before = model(X)
+    report = remove_dead_neurons(model, X[:1], [X], min_samples=1)
+    assert report.removed == {"a": [0, 1, 2]}
+    assert report.max_rel_diff < 1e-4
+    assert torch.allclose(model(X), before, atol=1e-5)

@@ -144,3 +144,29 @@ def test_few_images_do_not_make_others_worse(seed: int) -> None:
     before = distance(model, dense, many[8:])
     repair_network(model, dense, many[:1], REMOVED, many[:8])
     assert distance(model, dense, many[8:]) < before
+
+
+class Looped(Small):
+    """Takes its images one by one at first, as detectors do, and adds what it has computed by then."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.c = nn.Conv2d(8, 8, 1)
+
+    def forward(self, x: Tensor) -> Any:
+        x = torch.stack([image * 2.0 + 0.1 for image in x])
+        y = self.norm(self.a(x)).relu()
+        return self.head(self.b(y + self.c(y)).relu().mean((2, 3)))
+
+
+def test_calls_whose_number_depends_on_the_images_are_not_taken_for_others() -> None:
+    dense = Looped().eval()
+    many = images(64, 3, 8, 8)
+    removals = {"b": [0]}
+    model = copy.deepcopy(dense)
+    prune_neurons(model, many[:1], removals)
+    before = distance(model, dense, many)
+    repairs = {repair.layer: repair for repair in repair_network(model, dense, many[:1], removals, many)}
+    assert repairs["c"].left == "what it is added to is computed in calls whose number depends on the images"
+    assert repairs["head"].damping is not None
+    assert distance(model, dense, many) < before

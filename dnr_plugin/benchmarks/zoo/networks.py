@@ -107,9 +107,9 @@ DENSE_TASKS = [
     *_foreign(
         "torchvision", "torchvision.models.detection", (3, 128, 128),
         dict.fromkeys(
-            ("fasterrcnn_mobilenet_v3_large_320_fpn", "retinanet_resnet50_fpn", "ssdlite320_mobilenet_v3_large"),
-            _SEGMENTING,
-        ),
+            ("fasterrcnn_mobilenet_v3_large_320_fpn", "retinanet_resnet50_fpn"), _SEGMENTING | {"min_size": 128}
+        )
+        | {"ssdlite320_mobilenet_v3_large": _SEGMENTING},
         trains=False,
     ),
     *_foreign("torchvision", "torchvision.models.video", (3, 8, 56, 56), {"r3d_18": {"weights": None}}),
