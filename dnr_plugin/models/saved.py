@@ -79,9 +79,10 @@ def describe(
     more = {
         "lists": {name: keys for name, keys in lists.items() if keys},
         "buffers": sorted(kept),
-        "frozen": sorted(name for name, p in model.named_parameters() if not p.requires_grad),
         "extra_state": extra,
     }
+    if _frozen(model) != _frozen(fresh):
+        architecture["frozen"] = _frozen(model)
     return architecture | {key: value for key, value in more.items() if value}
 
 
@@ -116,8 +117,9 @@ def build(architecture: Mapping[str, Any], allow_import: bool = False, *, fresh:
         for name, tensor in architecture["tensors"].items():
             owner, _, key = name.rpartition(".")
             _set_tensor(modules[owner], key, tensor["shape"], getattr(torch, tensor["dtype"]))
-        for name in architecture.get("frozen", ()):
-            model.get_parameter(name).requires_grad_(False)
+        if "frozen" in architecture:
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(name not in architecture["frozen"])
     except (KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise InputError(f"{ARCHITECTURE}: does not fit {architecture['builder'].get('name')}: {error!r}") from error
     return model
@@ -196,6 +198,10 @@ def _load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], where: str, a
         model.load_state_dict(state)
     except (RuntimeError, KeyError, AttributeError) as error:
         raise InputError(f"{where}: {WEIGHTS} does not fit {ARCHITECTURE}: {error}".replace("\n", " ")) from error
+
+
+def _frozen(model: nn.Module) -> list[str]:
+    return sorted(name for name, parameter in model.named_parameters() if not parameter.requires_grad)
 
 
 def _state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -117,6 +117,19 @@ def test_flags_lists_and_extra_state_come_back(tmp_path: Path) -> None:
     assert [p.requires_grad for p in loaded.parameters()] == [p.requires_grad for p in model.parameters()]
 
 
+def test_what_its_builder_freezes_can_be_unfrozen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Frozen(Norm):
+        def __init__(self) -> None:
+            super().__init__()
+            self.c.requires_grad_(False)
+
+    monkeypatch.setattr(sys.modules["usernets"], "Frozen", Frozen, raising=False)
+    for flag in (True, False):
+        model = Frozen()
+        model.c.requires_grad_(flag)
+        assert back(model, tmp_path / str(flag)).c.weight.requires_grad is flag
+
+
 def test_extra_state_that_needs_pickle_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="_extra_state: expected a tensor or plain values"):
         save_pruned(Odd(), tmp_path / "saved", {"name": "usernets:Odd", "kwargs": {}})
