@@ -26,6 +26,24 @@ def check_writable(folder: Path) -> None:
         raise InputError(f"--output: expected a folder that can be written to, found {folder}, where {parent} cannot")
 
 
+def inside(folder: Path, name: object, file: Path) -> str:
+    """A name of something in a folder, as a file there has it.
+
+    Args:
+        folder: that it may not lead out of.
+        name: as read.
+        file: that holds it.
+
+    Raises:
+        InputError: it is no relative path, or leads out of the folder, by dots or by a link.
+    """
+    if isinstance(name, str) and name and not Path(name).is_absolute():
+        at, root = (folder / name).resolve(), folder.resolve()
+        if at != root and root in at.parents:
+            return name
+    raise InputError(f"{file}: expected names of folders in {folder}, found {name!r}")
+
+
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[Any]]:
     """Opens a file that replaces ``path`` only when it was written to the end and lies on the disk.

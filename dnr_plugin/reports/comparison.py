@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from dnr_plugin.errors import InputError
+from dnr_plugin.files import inside
 from dnr_plugin.recipe.difference import leaves
 from dnr_plugin.recipe.schema import Recipe
 
@@ -152,7 +153,12 @@ def _runs_in(folder: Path) -> list[Path]:
     if not index.is_file():
         return [folder]
     try:
-        listed = [folder / str(run["folder"]) for run in json.loads(index.read_text(encoding="utf-8"))["runs"]]
+        listed = [
+            folder / inside(folder, run["folder"], index)
+            for run in json.loads(index.read_text(encoding="utf-8"))["runs"]
+        ]
+    except InputError:
+        raise
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{index}: expected the list of a sweep's runs, found damage: {error!r}"[:300]) from error
     return [path for path in listed if (path / "report.json").is_file()] or [folder]

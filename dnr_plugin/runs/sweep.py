@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from dnr_plugin.devices import pick_device
 from dnr_plugin.errors import InputError, RunError, TargetError
-from dnr_plugin.files import atomic_write, check_writable
+from dnr_plugin.files import atomic_write, check_writable, inside
 from dnr_plugin.recipe.load import located, write_recipe
 from dnr_plugin.recipe.schema import Recipe
 from dnr_plugin.reports.comparison import SWEEP, compare_runs
@@ -158,10 +158,16 @@ def _earlier(folder: Path, resume: bool) -> list[Planned]:
             f"--output: {folder} holds a sweep already: add --resume to go on with it, or name another folder"
         )
     try:
+        listed = json.loads(index.read_text(encoding="utf-8"))["runs"]
+        for run in listed:
+            for name in (run["folder"], *([] if run["dense"] is None else [run["dense"]])):
+                inside(folder, name, index)
         return [
             Planned(tuple(run["values"]), Recipe.model_validate(run["recipe"]), str(run["folder"]), run["dense"])
-            for run in json.loads(index.read_text(encoding="utf-8"))["runs"]
+            for run in listed
         ]
+    except InputError:
+        raise
     except (ValueError, KeyError, TypeError, ValidationError) as error:
         raise InputError(f"{index}: expected the list of a sweep's runs, found damage: {error!r}"[:300]) from error
 
