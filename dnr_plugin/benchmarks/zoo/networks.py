@@ -123,9 +123,10 @@ TIMM = [
     for side, names in {
         64: "resnet26d resnetv2_50 resnext26ts seresnet50 skresnet18 res2net50d resnest14d ecaresnet26t gcresnet33ts "
             "dla34 hrnet_w18_small vovnet39a ese_vovnet19b_dw cspresnet50 cspdarknet53 darknet53 dpn48b xception41 "
-            "inception_resnet_v2 inception_v4 mobilenetv3_small_100 mobilenetv4_conv_small efficientnet_lite0 "
+            "mobilenetv3_small_100 mobilenetv4_conv_small efficientnet_lite0 "
             "tinynet_e ghostnet_100 mnasnet_small lcnet_050 rexnet_100 repvgg_a0 nfnet_f0 densenetblur121d selecsls42 "
             "convnextv2_atto edgenext_xx_small fastvit_t8",
+        128: "inception_resnet_v2 inception_v4",
         224: "deit_tiny_patch16_224 xcit_nano_12_p16_224 levit_128s pvt_v2_b0 poolformer_s12",
     }.items()
     for name in names.split()

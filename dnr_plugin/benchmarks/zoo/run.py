@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import multiprocessing
 import os
 import time
@@ -154,11 +155,11 @@ def zoo_table(result: dict[str, Any]) -> Table:
     for name, row in result["networks"].items():
         before, after = row.get("dense"), row.get("pruned")
         kept = [f"{after[key] / before[key]:.3f}" for key in ("flops", "params")] if after else ["", ""]
-        errors = row.get("error")
+        errors = [f"{error:.2g}" if math.isfinite(error) else "-" for error in row.get("error", [])]
         rows.append(
             [
                 name, row["outcome"], f"{row['neurons_removed']} of {row['neurons']}" if after else "", *kept,
-                f"{errors[0]:.2g} -> {errors[1]:.2g}" if errors else "", str(len(row.get("left", []))),
+                " -> ".join(errors), str(len(row.get("left", []))),
                 f"{row['seconds']:.0f}" if "seconds" in row else "", row.get("reason") or "",
             ]
         )  # fmt: skip
