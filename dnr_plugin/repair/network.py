@@ -213,6 +213,8 @@ def repair_towards(
 
 def _left(module: nn.Module) -> str | None:
     """Why a layer cannot be fitted, or None."""
+    if not is_consumer(module):  # in the dense network it is one
+        return "it has one channel in each of its groups by now, and mixes none"
     unknowns = kind_of(module).unknowns
     if unknowns > _MAX_UNKNOWNS:
         return f"its outputs read {unknowns} inputs each, more than {_MAX_UNKNOWNS}"

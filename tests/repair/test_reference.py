@@ -146,6 +146,25 @@ def test_few_images_do_not_make_others_worse(seed: int) -> None:
     assert distance(model, dense, many[8:]) < before
 
 
+def test_a_grouped_layer_that_became_depthwise_is_named() -> None:
+    """With one channel left in each group it mixes none any more."""
+    torch.manual_seed(0)
+    dense = nn.Sequential(
+        nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 6, 3, groups=3), nn.ReLU(), nn.Conv2d(6, 4, 1), nn.Flatten(),
+        nn.Linear(64, 3),
+    ).eval()  # fmt: skip
+    many = images(64, 3, 8, 8)
+    removals = {"0": [0, 2, 4], "2": [0, 2, 4]}
+    model = copy.deepcopy(dense)
+    prune_neurons(model, many[:1], removals)
+    assert (model[2].in_channels, model[2].out_channels, model[2].groups) == (3, 3, 3)
+    before = distance(model, dense, many)
+    repairs = {repair.layer: repair for repair in repair_network(model, dense, many[:1], removals, many)}
+    assert repairs["2"].left == "it has one channel in each of its groups by now, and mixes none"
+    assert repairs["4"].damping is not None
+    assert distance(model, dense, many) < before
+
+
 class Looped(Small):
     """Takes its images one by one at first, as detectors do, and adds what it has computed by then."""
 

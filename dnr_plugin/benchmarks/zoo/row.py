@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 import time
 from collections.abc import Callable
@@ -70,7 +71,8 @@ def try_network(entry: Entry, flops: float, tell: Callable[[str, Any], None]) ->
     pruned = copied(model)
     repairs = repair_network(pruned, dense, example, plan.removals, images)
     reference = eval_outputs(dense, example)
-    tell("error", [output_difference(reference, eval_outputs(m, example))[1] for m in (model, pruned)])
+    errors = [output_difference(reference, eval_outputs(m, example))[1] for m in (model, pruned)]
+    tell("error", [error if math.isfinite(error) else None for error in errors])  # detectors give what boxes they find
     tell("repaired", sum(repair.damping is not None for repair in repairs))
     with tempfile.TemporaryDirectory() as folder:
         save_pruned(model, folder, entry.builder)

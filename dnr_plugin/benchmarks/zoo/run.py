@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import math
 import multiprocessing
 import os
 import time
@@ -155,7 +154,7 @@ def zoo_table(result: dict[str, Any]) -> Table:
     for name, row in result["networks"].items():
         before, after = row.get("dense"), row.get("pruned")
         kept = [f"{after[key] / before[key]:.3f}" for key in ("flops", "params")] if after else ["", ""]
-        errors = [f"{error:.2g}" if math.isfinite(error) else "-" for error in row.get("error", [])]
+        errors = ["-" if error is None else f"{error:.2g}" for error in row.get("error", [])]
         rows.append(
             [
                 name, row["outcome"], f"{row['neurons_removed']} of {row['neurons']}" if after else "", *kept,
