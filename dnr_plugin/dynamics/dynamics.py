@@ -130,7 +130,7 @@ class DyingNeuronDynamics:
         self._zeroing = zero
         self.importance = importance or DyingNeuronImportance("variation", moments=False)
         self.scope, self.limits, self.fold, self.followers = scope, limits.in_scope(scope), fold, tuple(followers)
-        self.dense = dense or baseline(model, example_inputs)
+        self.dense = dense or baseline(model, example_inputs, verify=limits.verify)
         self._layers()  # what the limits name must exist
         self._outputs = output_layers(model, self.example)
         self._zeros = SoftZeros()
@@ -214,8 +214,7 @@ class DyingNeuronDynamics:
 
     def _watch(self) -> None:
         """Opens the observer for the last steps before a check."""
-        due = self.when.number(self._next)
-        if self._observer is None and self._step >= self.when.watches_from(due):
+        if self._observer is None and self._step >= self.when.watches_from(self._number + 1):
             self._observer = self.importance.observer_of(self.model, training=True)
             self._observer.__enter__()
 

@@ -65,7 +65,6 @@ def describe(
             changed[name] = altered
             lists[name] = [key for key in altered if isinstance(getattr(module, key), list)]
     tensors, extra = _state(model)
-    kept = {name for name, _ in model.named_buffers()} & {*tensors} - {*model.state_dict()}
     architecture = {
         "format": FORMAT,
         "builder": dict(builder),
@@ -78,7 +77,7 @@ def describe(
     # only where there is anything of the kind, so that most files are as they always were
     more = {
         "lists": {name: keys for name, keys in lists.items() if keys},
-        "buffers": sorted(kept),
+        "buffers": sorted({*tensors} - {*model.state_dict()}),
         "extra_state": extra,
     }
     if _frozen(model) != _frozen(fresh):

@@ -259,6 +259,11 @@ def build_graph(model: nn.Module, example_inputs: Any, **kwargs: Any) -> tp.Depe
                 del module._forward_hooks[added]
 
 
+def group_of(graph: tp.DependencyGraph, root: nn.Module, neurons: Sequence[int]) -> tp.dependency.Group:
+    """The group of some outputs of a layer."""
+    return graph.get_pruning_group(root, graph.get_pruner_of_module(root).prune_out_channels, list(neurons))
+
+
 def all_groups(graph: tp.DependencyGraph) -> tuple[list[tp.dependency.Group], list[tuple[nn.Module, str]]]:
     """`DependencyGraph.get_all_groups`, where one root that fails does not end the search.
 

@@ -52,7 +52,7 @@ def codes(count: int) -> Tensor:
 
 
 def read_marks(
-    model: nn.Module, example_inputs: Any, marks: Mapping[str, Mark], count: int, *, training: bool = False
+    model: nn.Module, example_inputs: Any, marks: Mapping[str, Mark], table: Tensor, *, training: bool = False
 ) -> dict[str, Tensor | None] | None:
     """Marks the units of a network and reads which of the marks arrive where.
 
@@ -60,7 +60,7 @@ def read_marks(
         model: stays as it is; a copy of it runs, without hooks.
         example_inputs: of at least one sample, as Torch-Pruning takes them.
         marks: layer -> the units that its output channels make, numbered from 0.
-        count: of units.
+        table: of `codes`, one for each unit at least.
         training: run in train mode, with norms and dropout handing on what they get.
 
     Returns:
@@ -68,7 +68,6 @@ def read_marks(
         [channels, length], or None where the input is not laid out by samples; without those that were not called.
         None altogether where the model fails on such inputs.
     """
-    table = codes(max(count, 2))
     try:
         trial = copied(model)
     except Exception:  # a model that cannot be copied cannot be probed

@@ -130,10 +130,12 @@ class Survey:
             for dep, channels in group:
                 if isinstance(dep.target.module, nn.Module) and outwards(dep.handler):
                     whole.setdefault(dep.target.module, set()).update(channels)
+        attention = (module for module in self.names if isinstance(kind_of(module), Attention))
+        parts = {part for module in attention for part in module.modules()}  # its projections, which run without it
         reasons = []
         for module, name in self.names.items():
             kind = kind_of(module)
-            if not kind.consumes or module in known or isinstance(kind, Attention) or _inside(module, self.names):
+            if not kind.consumes or module in known or module in parts:
                 continue
             if isinstance(kind, Recurrent):
                 reasons.append((name, "the hidden units of a recurrent layer are not pruned"))
@@ -161,12 +163,6 @@ def _computed(module: nn.Module, name: str) -> bool:
     """Whether what should be a parameter is made from others each time the layer runs."""
     stored = module._parameters.get(name) is not None
     return not stored and isinstance(getattr(module, name, None), Tensor) and name not in module._buffers
-
-
-def _inside(module: nn.Module, names: Mapping[nn.Module, str]) -> bool:
-    """Whether it is the projection of an attention layer, which runs without it."""
-    parents = (parent for parent in names if isinstance(kind_of(parent), Attention))
-    return any(module in parent.modules() for parent in parents)
 
 
 def _ignored(model: nn.Module, patterns: Sequence[str]) -> set[nn.Module]:

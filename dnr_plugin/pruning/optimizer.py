@@ -63,7 +63,7 @@ def follow_optimizer(optimizer: torch.optim.Optimizer | None, model: nn.Module) 
         ...     pruner.step()
     """
     before = dict(model.named_parameters())
-    optimizers = optimizers_in(optimizer)
+    optimizers = _optimizers_in(optimizer)
     for one in optimizers:
         _check(one, before)
     selections = _Selections(list(before.values()))
@@ -98,7 +98,7 @@ def _selected(value: Tensor, kept: KeptIndices) -> Tensor:
     return value
 
 
-def optimizers_in(optimizer: Any) -> list[Any]:
+def _optimizers_in(optimizer: Any) -> list[Any]:
     """An optimizer and those that it wraps, as Lookahead and SAM do, in attributes of any name."""
     known: dict[int, Any] = {}
 
@@ -111,8 +111,7 @@ def optimizers_in(optimizer: Any) -> list[Any]:
                 look(inner)
         elif isinstance(value, list | tuple):
             for inner in value:
-                if not isinstance(inner, Tensor | dict):
-                    look(inner)
+                look(inner)
 
     look(optimizer)
     return list(known.values())

@@ -82,7 +82,7 @@ def reachable(
     if not target.known_beforehand:
         raise ValueError(f"kind: expected a target that can be known beforehand, found {kind!r}")
     survey = survey or Survey(model, example_inputs)
-    dense = dense or baseline(model, example_inputs, survey=survey)
+    dense = dense or baseline(model, example_inputs, survey=survey, verify=limits.verify)
     prunable = survey.within(limits, dense.sizes)
     removals = {
         layer.name: sorted(layer.neurons(u for part in layer.parts for u in part.units[: sum(part.portions)]))
@@ -167,8 +167,9 @@ def plan_removal(
         raise ValueError(f"scope: expected one of {', '.join(SCOPES)}, found {scope!r}{did_you_mean(scope, SCOPES)}")
     if isinstance(target, Dead) and not isinstance(importance, DyingNeuronImportance):
         raise ValueError("kind: 'dead' needs a DyingNeuronImportance, which observes what is dead")
-    dense = dense or baseline(model, example_inputs, keep_model=target.timed)
-    prunable = Survey(model, example_inputs).within(limits.in_scope(scope), dense.sizes)
+    survey = Survey(model, example_inputs)
+    dense = dense or baseline(model, example_inputs, keep_model=target.timed, survey=survey, verify=limits.verify)
+    prunable = survey.within(limits.in_scope(scope), dense.sizes)
     layers, skipped, neurons = prunable.layers, prunable.skipped, prunable.neurons
     zero: dict[str, Tensor] = {}
     dead_in: dict[str, int] = {}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dnr_plugin.errors import InputError, did_you_mean, first_line
 from dnr_plugin.network.calling import eager, eval_outputs, network_of, one_sample, without_hooks
 from dnr_plugin.network.dependencies import shared_reason
-from dnr_plugin.network.graph import build_graph
+from dnr_plugin.network.graph import build_graph, group_of
 from dnr_plugin.pruning.folding import fold_means
 from dnr_plugin.pruning.optimizer import follow_optimizer
 from dnr_plugin.scoring.importance import DyingNeuronImportance
@@ -85,15 +85,14 @@ def _prune(
         if not neurons:
             continue
         root = modules.get(name)
-        if root not in graph.module2node:
+        if root is None or root not in graph.module2node:
             raise InputError(
                 f"removals: expected layers that run in eval mode, found {name!r}{did_you_mean(name, modules)}"
             )
         size = graph.get_out_channels(root)
         if not 0 <= min(neurons) <= max(neurons) < size:
             raise InputError(f"removals: expected neurons of {name} in [0, {size}), found {sorted(neurons)}")
-        prune = graph.get_pruner_of_module(root).prune_out_channels
-        group = graph.get_pruning_group(root, prune, list(neurons))
+        group = group_of(graph, root, neurons)
         if not graph.check_pruning_group(group):
             raise RuntimeError(f"{name}: removing {len(neurons)} neurons would leave a layer without channels")
         shared = shared_reason(group)

@@ -37,7 +37,12 @@ class Baseline:
 
 
 def baseline(
-    model: nn.Module, example_inputs: Any, *, keep_model: bool = False, survey: Survey | None = None
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    keep_model: bool = False,
+    survey: Survey | None = None,
+    verify: bool = True,
 ) -> Baseline:
     """Measures the dense model.
 
@@ -46,8 +51,9 @@ def baseline(
         example_inputs: as Torch-Pruning takes them.
         keep_model: keep a copy, which a latency target is measured against.
         survey: of the model; made here by default.
+        verify: see `Limits`.
     """
-    prunable = (survey or Survey(model, example_inputs)).within(Limits(), {})
+    prunable = (survey or Survey(model, example_inputs)).within(Limits(verify=verify), {})
     kept = copied(model) if keep_model else None
     sizes = {layer.name: layer.size for layer in prunable.layers}
     return Baseline(flop_report(model, example_inputs), prunable.neurons, sizes, kept)

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from dnr_plugin.errors import first_line
 from dnr_plugin.network.calling import copied, eval_outputs, mapped, output_difference, without_hooks
 from dnr_plugin.network.dependencies import channels_carrying, inexact_reason, uses
-from dnr_plugin.network.graph import build_graph
+from dnr_plugin.network.graph import build_graph, group_of
 from dnr_plugin.network.kinds import consumer, is_consumer
 from dnr_plugin.network.looking import transparent_norms
 from dnr_plugin.network.probe import Mark, carriers, codes, read_marks
@@ -67,13 +67,13 @@ def _at_fault(
     if not layers:
         return {}
     marks = _Marks(names, layers)
-    read = read_marks(model, example_inputs, marks.of_layers, marks.count)
+    read = read_marks(model, example_inputs, marks.of_layers, marks.table)
     reasons, mixed = marks.misread({name: marked for name, marked in (read or {}).items() if marked is not None})
     unclear = {name for name, marked in (read or {}).items() if marked is None}  # samples are mixed on the way there
     mixed |= {layer.name for layer in layers if any(names[use.module] in unclear for use in uses(layer.group))}
     unreached = {name for module, name in names.items() if is_consumer(module)} - set(read or {})
     if read is not None and unreached:
-        in_training = read_marks(model, example_inputs, marks.of_layers, marks.count, training=True) or {}
+        in_training = read_marks(model, example_inputs, marks.of_layers, marks.table, training=True) or {}
         for name in sorted(unreached & set(in_training)):
             marked = in_training[name]
             for layer in layers if marked is None else marks.carried(marked):
@@ -174,7 +174,7 @@ class _Trial:
                 return None  # as of a detector, which finds another number of boxes in other features
             return "without some of its neurons the model's outputs have another shape"
         wide = all(out.element_size() >= 4 for out in zeroed if out.is_floating_point())
-        if not zeroed or not all(bool(out.isfinite().all()) for out in zeroed):
+        if not all(bool(out.isfinite().all()) for out in zeroed):
             return None
         if output_difference(zeroed, pruned)[1] > (_TOLERANCE if wide else _TOLERANCE_16_BITS):
             return "taking neurons out does more than zeroing them where Torch-Pruning says they are used"
@@ -196,9 +196,7 @@ class _Trial:
         try:
             graph = build_graph(trial, self.example)
             for layer in layers:
-                root = modules[layer.name]
-                prune = graph.get_pruner_of_module(root).prune_out_channels
-                group = graph.get_pruning_group(root, prune, layer.neurons(_half(layer)))
+                group = group_of(graph, modules[layer.name], layer.neurons(_half(layer)))
                 if not graph.check_pruning_group(group):
                     return "Torch-Pruning cannot take half of its neurons without emptying a layer"
                 group.prune()

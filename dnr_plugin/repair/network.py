@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from dnr_plugin.errors import RunError
 from dnr_plugin.network.calling import call, kept_modes, module_names, network_of
 from dnr_plugin.network.flow import Calls
-from dnr_plugin.network.graph import build_graph
+from dnr_plugin.network.graph import build_graph, group_of
 from dnr_plugin.network.kinds import consumer, is_consumer, kind_of
 from dnr_plugin.repair.layer import Affine, Fit, LayerRepair
 from dnr_plugin.repair.pair import fit_pair
@@ -80,9 +80,7 @@ def kept_channels(
     for root, neurons in removals.items():
         if not neurons:
             continue
-        prune = graph.get_pruner_of_module(modules[root]).prune_out_channels
-        group = graph.get_pruning_group(modules[root], prune, [*neurons])
-        for dep, channels in group:
+        for dep, channels in group_of(graph, modules[root], neurons):
             name = names.get(dep.target.module)
             if name in kept:
                 side = kept[name].inputs if graph.is_in_channel_pruning_fn(dep.handler) else kept[name].outputs

@@ -153,14 +153,10 @@ def _runs_in(folder: Path) -> list[Path]:
     if not index.is_file():
         return [folder]
     try:
-        listed = [
-            folder / inside(folder, run["folder"], index)
-            for run in json.loads(index.read_text(encoding="utf-8"))["runs"]
-        ]
-    except InputError:
-        raise
+        names = [run["folder"] for run in json.loads(index.read_text(encoding="utf-8"))["runs"]]
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{index}: expected the list of a sweep's runs, found damage: {error!r}"[:300]) from error
+    listed = [folder / inside(folder, name, index) for name in names]
     return [path for path in listed if (path / "report.json").is_file()] or [folder]
 
 

@@ -77,7 +77,7 @@ def check_recipe(recipe: Recipe) -> Prepared:
     check_forward(model, example, classes)
     check_pressure(model, recipe)
     survey = Survey(model, example)
-    dense = baseline(model, example, survey=survey)
+    dense = baseline(model, example, survey=survey, verify=recipe.prune.verify)
     target = recipe.prune.target
     if target is not None:
         check_target(model, example, target.kind, target.value, limits_of(recipe), dense, survey)

@@ -103,7 +103,7 @@ def plan_towards(run: RunState, importance: DyingNeuronImportance, target: Targe
     options = run.recipe.prune
     inputs = timed_images(run) if target.timed else run.example
     if target.timed and run.dense.model is None:
-        run.dense = baseline(run.model, run.example, keep_model=True)
+        run.dense = baseline(run.model, run.example, keep_model=True, verify=run.limits.verify)
     for _ in run.track([None], 1, "planning the removal"):
         plan = plan_removal(
             run.model, inputs, importance, target.kind, target.value,

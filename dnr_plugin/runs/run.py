@@ -140,7 +140,7 @@ def _train_dense(run: RunState, resume: bool) -> Mapping[str, Any] | None:
 
 def _finish(run: RunState) -> dict[str, Any]:
     """Measures the result and writes everything that stays."""
-    now = baseline(run.model, run.example)
+    now = baseline(run.model, run.example, verify=run.limits.verify)
     measured = Measured(run.accuracy(), _latency(run), activation_summary(run.model, run.example))
     events = run.read_events()
     report = outcome(run.recipe, run.device, run.dense, now, run.results, events, measured)

@@ -113,7 +113,7 @@ def _note(run: RunState, check: Check, epoch: float) -> None:
 def _removed_while_training(run: RunState, dynamics: DyingNeuronDynamics) -> Removal:
     """The same facts that a removal stage notes."""
     sums, options = _sums(run), run.recipe.prune.target
-    now = baseline(run.model, run.example)
+    now = baseline(run.model, run.example, verify=run.limits.verify)
     achieved, met = None, True
     if options is not None:
         target = options.target

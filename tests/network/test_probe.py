@@ -36,7 +36,7 @@ class Net(nn.Module):
 def carried(model: nn.Module, **more: Any) -> list[int | None] | None:
     """For each channel that b reads the neuron of a that it carries."""
     marks = {"a": Mark(torch.arange(6), torch.arange(6))}
-    read = read_marks(model, torch.randn(2, 3, 4, 4), marks, 6, **more)
+    read = read_marks(model, torch.randn(2, 3, 4, 4), marks, codes(6), **more)
     assert read is not None
     seen = read["b"]
     return None if seen is None else [*carriers(codes(6), seen)]
@@ -86,4 +86,7 @@ def test_a_model_that_fails_on_marks_tells_nothing() -> None:
             raise ValueError("not finite")
         return x
 
-    assert read_marks(Net(choosy), torch.randn(2, 3, 4, 4), {"a": Mark(torch.arange(6), torch.arange(6))}, 6) is None
+    assert (
+        read_marks(Net(choosy), torch.randn(2, 3, 4, 4), {"a": Mark(torch.arange(6), torch.arange(6))}, codes(6))
+        is None
+    )

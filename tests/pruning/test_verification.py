@@ -497,3 +497,18 @@ def test_outputs_whose_number_depends_on_the_features_do_not_condemn_a_group() -
     assert report.removed == {"a": [0, 1, 2]}
     assert report.max_rel_diff < 1e-4
     assert torch.allclose(model(X), before, atol=1e-5)
+
+
+def test_the_check_can_be_switched_off_altogether(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a plan measures the dense model by itself."""
+    calls: list[int] = []
+
+    def counted(*_: Any) -> dict[str, str]:
+        calls.append(1)
+        return {}
+
+    monkeypatch.setattr("dnr_plugin.pruning.groups.verified", counted)
+    model = gated()
+    for verify in (False, True):
+        plan_removal(model, X[:1], observed(model), "neuron_sparsity", 0.3, limits=Limits(verify=verify))
+        assert bool(calls) is verify

@@ -62,14 +62,13 @@ def run_zoo(
     if folder is not None:
         check_writable(folder)
         rows = _rows_of(folder / _FILE, resume)
-    result: dict[str, Any] = {}
+    result: dict[str, Any] = {
+        "flops": flops, "seconds": seconds, "device": device_name(torch.device("cpu")), "versions": versions(),
+        "networks": rows,
+    }  # fmt: skip
     for entry in track(networks, len(networks), "networks"):
         if entry.name not in rows:
             rows[entry.name] = _row(entry, flops, seconds)
-        result = {
-            "flops": flops, "seconds": seconds, "device": device_name(torch.device("cpu")), "versions": versions(),
-            "networks": rows,
-        }  # fmt: skip
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
             with atomic_write(folder / _FILE) as file:
@@ -105,8 +104,8 @@ def _row(entry: Entry, flops: float, seconds: float) -> dict[str, Any]:
         while "outcome" not in row and here.poll(max(0.0, end - time.monotonic())):
             name, value = here.recv()
             row[name] = value
-        row.setdefault("outcome", "no end")
-        row.setdefault("reason", f"it takes more than {seconds:g} s" if row["outcome"] == "no end" else None)
+        if "outcome" not in row:
+            row |= {"outcome": "no end", "reason": f"it takes more than {seconds:g} s"}
     except EOFError:
         process.join(10)
         row |= {"outcome": "killed", "reason": f"exit code {process.exitcode}, as for want of memory"}
