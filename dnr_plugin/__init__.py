@@ -11,6 +11,7 @@ from dnr_plugin.models.saved import load_pruned, save_pruned
 from dnr_plugin.network.batchnorm import recalibrate_batchnorm
 from dnr_plugin.network.cost import flop_report
 from dnr_plugin.network.kinds import register_layer
+from dnr_plugin.network.splitting import split_attention
 from dnr_plugin.observation.observer import Observer
 from dnr_plugin.pruning.dead_neurons import remove_dead_neurons
 from dnr_plugin.pruning.layers import Limits
@@ -40,6 +41,7 @@ __all__ = [
     "repair_network",
     "run_recipe",
     "save_pruned",
+    "split_attention",
 ]
 
 

@@ -28,6 +28,7 @@ PUBLIC = [
     "DyingNeuronDynamics", "DyingNeuronImportance", "InputError", "Limits", "Observer", "TargetError", "Timetable",
     "flop_report", "follow_optimizer", "load_pruned", "load_recipe", "plan_removal", "prune_neurons",
     "recalibrate_batchnorm", "register_layer", "remove_dead_neurons", "repair_network", "run_recipe", "save_pruned",
+    "split_attention",
 ]  # fmt: skip
 
 

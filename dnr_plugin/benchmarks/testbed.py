@@ -20,6 +20,7 @@ from dnr_plugin.pruning.targets import Baseline
 from dnr_plugin.recipe.schema import Recipe
 from dnr_plugin.repair.network import repair_towards
 from dnr_plugin.repair.reference import Reference
+from dnr_plugin.runs.removal_stage import split
 from dnr_plugin.runs.run import train_dense
 from dnr_plugin.runs.state import Track
 from dnr_plugin.seeds import derive_seed
@@ -66,6 +67,7 @@ class Ground:
     def trained(cls, recipe: Recipe, folder: Path, device: str, track: Track) -> Ground:
         """Trains the dense network, or loads it where the folder holds it."""
         run = train_dense(recipe, folder, device=device, track=track)
+        split(run)
         observe = recipe.prune.observe
         images, labels = zip(*run.labelled(observe.samples, "calibration images"), strict=True)
         calibration = Calibration(

@@ -20,7 +20,9 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from dnr_plugin.errors import InputError
 from dnr_plugin.files import atomic_write
-from dnr_plugin.network.calling import eager
+from dnr_plugin.network.attention import split_modules
+from dnr_plugin.network.calling import copied, eager
+from dnr_plugin.network.splitting import split_named
 
 FORMAT = 1
 ARCHITECTURE, WEIGHTS = "architecture.json", "model.safetensors"
@@ -51,6 +53,10 @@ def describe(
         )
     fresh = fresh or rebuild(builder, allow_import=True)
     _materialise(fresh)
+    split = list(split_modules(model))
+    if split != list(split_modules(fresh)):
+        fresh = copied(fresh)
+        split_named(fresh, split)
     ours, theirs = dict(model.named_modules()), dict(fresh.named_modules())
     differing = [name for name in {**ours, **theirs} if type(ours.get(name)) is not type(theirs.get(name))]
     if differing:
@@ -76,6 +82,7 @@ def describe(
     }
     # only where there is anything of the kind, so that most files are as they always were
     more = {
+        "split_attention": split,
         "lists": {name: keys for name, keys in lists.items() if keys},
         "buffers": sorted({*tensors} - {*model.state_dict()}),
         "extra_state": extra,
@@ -106,8 +113,9 @@ def build(architecture: Mapping[str, Any], allow_import: bool = False, *, fresh:
     model = fresh or rebuild(architecture["builder"], allow_import)
     _materialise(model)
     lists = architecture.get("lists", {})
-    modules = dict(model.named_modules(remove_duplicate=False))  # tensors have every name of theirs
     try:
+        split_named(model, architecture.get("split_attention", ()))
+        modules = dict(model.named_modules(remove_duplicate=False))  # tensors have every name of theirs
         for name, attributes in architecture["modules"].items():
             for key, value in attributes.items():
                 _check_attribute(modules[name], key, value)
@@ -119,7 +127,7 @@ def build(architecture: Mapping[str, Any], allow_import: bool = False, *, fresh:
         if "frozen" in architecture:
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(name not in architecture["frozen"])
-    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise InputError(f"{ARCHITECTURE}: does not fit {architecture['builder'].get('name')}: {error!r}") from error
     return model
 

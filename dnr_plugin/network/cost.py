@@ -6,9 +6,11 @@ fvcore counts one multiply-add as one FLOP; every number of FLOPs in this packag
 from __future__ import annotations
 
 import contextlib
+import math
 import statistics
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -95,6 +97,7 @@ def flop_report(model: nn.Module, example_inputs: Any) -> FlopReport:
     with kept_modes(model), uncompiled(), torch.enable_grad():
         counted.eval()
         analysis = FlopCountAnalysis(counted, inputs)
+        analysis.set_op_handle("aten::scaled_dot_product_attention", _attention_flops)
         analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
         by_module: Counter[str] = analysis.by_module()
         unsupported = {name: int(times) for name, times in sorted(analysis.unsupported_ops().items())}
@@ -116,6 +119,15 @@ def flop_report(model: nn.Module, example_inputs: Any) -> FlopReport:
     dropped = len(prefix) + 1 if prefix else 0
     uncalled = [name[dropped:] for name in uncalled if name[dropped:]]
     return FlopReport(count_params(model), int(by_module[""]), layers, unsupported, uncalled)
+
+
+def _attention_flops(inputs: Sequence[Any], outputs: Sequence[Any]) -> Counter[str]:
+    """Multiply-adds of scores and of what they weigh: [..., L, E] x [..., E, S], then [..., L, S] x [..., S, V]."""
+    from fvcore.nn.jit_handles import get_shape
+
+    query, key, value = (get_shape(values) for values in inputs[:3])
+    assert query is not None and key is not None and value is not None
+    return Counter({"scaled_dot_product_attention": math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])})
 
 
 def latencies(models: list[nn.Module], inputs: Any, *, seconds: float = 2.0, warmup: int = 3) -> list[float]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from dnr_plugin.network.calling import Pausable, call, kept_modes, module_names, tensors
-from dnr_plugin.network.kinds import is_batchnorm, is_consumer
+from dnr_plugin.network.kinds import has_weights, is_batchnorm
 
 _ADD = {"add", "__add__", "__radd__", "add_", "__iadd__"}
 _RELU = {"relu", "relu_"}
@@ -192,7 +192,7 @@ def trace_sites(model: nn.Module, inputs: Any) -> dict[str, Site]:
             value.norm = names[module], trace.follow(output, value.consumer)
 
     for module in names:
-        if is_consumer(module):
+        if has_weights(module):
             handles += [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
         elif is_batchnorm(module):
             handles.append(module.register_forward_hook(normed))

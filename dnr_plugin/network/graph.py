@@ -16,6 +16,7 @@ from torch import nn
 from torch_pruning import ops
 
 from dnr_plugin.errors import InputError, first_line
+from dnr_plugin.network.attention import AttentionHeads, AttentionScores, split_modules
 from dnr_plugin.network.calling import call, kept_modes
 from dnr_plugin.network.kinds import kind_of
 from dnr_plugin.network.looking import OutOfTime, at_most, prepared
@@ -69,6 +70,35 @@ class _RecurrentInputs(tp.pruner.function.BasePruningFunc):  # type: ignore[misc
 
     def get_in_channels(self, layer: nn.Module) -> int:
         return kind_of(layer).channels[0]
+
+
+class _AttentionScores(tp.pruner.function.BasePruningFunc):  # type: ignore[misc]
+    """How the channels of query and key are counted, which shrink themselves."""
+
+    def prune_in_channels(self, layer: nn.Module, idxs: Sequence[int]) -> nn.Module:
+        layer.remove(idxs)  # type: ignore[operator]
+        return layer
+
+    def prune_out_channels(self, layer: nn.Module, idxs: Sequence[int]) -> nn.Module:
+        raise NotImplementedError("scores of attention are not pruned")
+
+    def get_in_channels(self, layer: nn.Module) -> int:
+        return kind_of(layer).channels[0]
+
+    get_out_channels = get_in_channels
+
+
+class _AttentionHeads(_AttentionScores):
+    """How heads are counted, with their biases."""
+
+    def prune_out_channels(self, layer: nn.Module, idxs: Sequence[int]) -> nn.Module:
+        kept = [head for head, left in enumerate(layer.remaining(idxs)) if left]  # type: ignore[operator]
+        if layer.table is not None:
+            layer.table = self._prune_parameter_and_grad(layer.table, kept, 1)
+        layer.remove(idxs)  # type: ignore[operator]
+        return layer
+
+    prune_in_channels = prune_out_channels
 
 
 class _Norms(tp.pruner.function.BasePruningFunc):  # type: ignore[misc]
@@ -232,15 +262,21 @@ def build_graph(model: nn.Module, example_inputs: Any, **kwargs: Any) -> tp.Depe
     """
     frozen = [p for p in model.parameters() if not p.requires_grad and p.is_floating_point()]
     hooks = {module: set(module._forward_hooks) for module in model.modules()}
-    kwargs.setdefault("forward_fn", call)  # Torch-Pruning would unpack a batch of one into an image without a batch
-    pruners = {nn.RNN: _RecurrentInputs(), nn.GRU: _RecurrentInputs(), nn.LSTM: _RecurrentInputs()}
+    forward = kwargs.pop("forward_fn", call)  # Torch-Pruning would unpack a batch of one into an image without a batch
+    pruners: dict[Any, Any] = {nn.RNN: _RecurrentInputs(), nn.GRU: _RecurrentInputs(), nn.LSTM: _RecurrentInputs()}
+    pruners |= {AttentionScores: _AttentionScores(), AttentionHeads: _AttentionHeads()}
     kwargs["customized_pruners"] = {**pruners, **(kwargs.get("customized_pruners") or {})}
     for parameter in frozen:
         parameter.requires_grad_(True)
     try:
-        with kept_modes(model), prepared(model), torch.enable_grad(), warnings.catch_warnings(), at_most(_SECONDS):
+        with (
+            kept_modes(model), prepared(model) as aside, torch.enable_grad(), warnings.catch_warnings(),
+            at_most(_SECONDS),
+        ):  # fmt: skip
             warnings.filterwarnings("ignore", message="Unwrapped parameters detected")
-            return _Graph().build_dependency(model, example_inputs=example_inputs, **kwargs)
+            return _Graph().build_dependency(
+                model, example_inputs=example_inputs, forward_fn=lambda *a: [forward(*a), aside], **kwargs
+            )
     except OutOfTime as error:
         raise InputError(
             f"model: expected a network whose graph Torch-Pruning builds, found that {type(model).__name__} takes it "
@@ -273,8 +309,9 @@ def all_groups(graph: tp.DependencyGraph) -> tuple[list[tp.dependency.Group], li
     groups: list[tp.dependency.Group] = []
     failed: list[tuple[nn.Module, str]] = []
     visited: set[nn.Module] = set(graph.IGNORED_LAYERS_IN_TRACING)
+    keys = {attention.key for attention in split_modules(graph.model).values()}  # known by their queries
     root: nn.Module
-    for root in graph.module2node:
+    for root in sorted(graph.module2node, key=lambda module: module in keys):
         if root in visited or not isinstance(root, (ops.TORCH_CONV, ops.TORCH_LINEAR)):
             continue
         pruner = graph.get_pruner_of_module(root)

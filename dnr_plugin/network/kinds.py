@@ -17,7 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dnr_plugin.network.layer_kind import Consumer, Kind
+from dnr_plugin.network.attention import AttentionHeads, AttentionScores
+from dnr_plugin.network.layer_kind import Consumer, Kind, channels_second, l2_norm, widened
+from dnr_plugin.network.sequence_kinds import Attention, Heads, Recurrent, Scores
 
 
 class _Weighted(Consumer):
@@ -40,16 +42,16 @@ class Linear(_Weighted):
         return int(self.module.in_features), int(self.module.out_features)
 
     def by_channel(self, a: Tensor) -> Tensor:
-        return _last_to_second(a)
+        return channels_second(a)
 
     def matrices(self, each: int) -> list[Tensor]:
-        return [_wide(self.module.weight)]
+        return [widened(self.module.weight)]
 
     def assign(self, each: int, matrices: Sequence[Tensor]) -> None:
         self.module.weight.copy_(matrices[0])
 
     def norms(self) -> Tensor:
-        return _norm(self.module.weight.detach(), 0)
+        return l2_norm(self.module.weight.detach(), 0)
 
     def run(self, a: Tensor, weights: Tensor, constants: Tensor) -> Tensor:
         return F.linear(a, weights.view_as(self.module.weight).to(a), constants.to(a))
@@ -59,7 +61,7 @@ class Linear(_Weighted):
         return True
 
     def shift(self, inputs: Tensor) -> Tensor:
-        return _wide(self.module.weight) @ inputs
+        return widened(self.module.weight) @ inputs
 
 
 class Convolution(_Weighted):
@@ -121,7 +123,7 @@ class Convolution(_Weighted):
         return math.prod(self.output_size(self.batched(a)))
 
     def matrices(self, each: int) -> list[Tensor]:
-        weight, groups = _wide(self.module.weight), self.module.groups
+        weight, groups = widened(self.module.weight), self.module.groups
         if each > 1:
             return [*weight.flatten(1).chunk(groups)]
         return [part.movedim(1, -1).flatten(0, -2) for part in weight.chunk(groups)]
@@ -137,7 +139,7 @@ class Convolution(_Weighted):
         """Grouped: an input channel is read by the filters of its own group only."""
         weight = self.module.weight.detach()
         blocked = weight.reshape(self.module.groups, -1, weight.shape[1], weight[0, 0].numel())
-        return _norm(blocked, (1, 3)).flatten()
+        return l2_norm(blocked, (1, 3)).flatten()
 
     def run(self, a: Tensor, weights: Tensor, constants: Tensor) -> Tensor:
         out: Tensor = self.module._conv_forward(a, weights.view_as(self.module.weight).to(a), constants.to(a))
@@ -151,7 +153,7 @@ class Convolution(_Weighted):
         return not any(k - 1 for k in module.kernel_size) if module.padding == "same" else not any(module.padding)
 
     def shift(self, inputs: Tensor) -> Tensor:
-        taps = _wide(self.module.weight).flatten(2).sum(2)  # [out, in / groups]
+        taps = widened(self.module.weight).flatten(2).sum(2)  # [out, in / groups]
         by_group = inputs.view(self.module.groups, -1)
         return torch.einsum("goi,gi->go", taps.view(self.module.groups, -1, by_group.shape[1]), by_group).flatten()
 
@@ -184,13 +186,13 @@ class TransposedConvolution(Convolution):
         return Consumer.positions(self, a)
 
     def matrices(self, each: int) -> list[Tensor]:  # of [in, out / groups, *kernel]
-        return [part.flatten(1).T.contiguous() for part in _wide(self.module.weight).chunk(self.module.groups)]
+        return [part.flatten(1).T.contiguous() for part in widened(self.module.weight).chunk(self.module.groups)]
 
     def assign(self, each: int, matrices: Sequence[Tensor]) -> None:
         self.module.weight.copy_(torch.cat([part.T for part in matrices]).reshape(self.module.weight.shape))
 
     def norms(self) -> Tensor:
-        return _norm(self.module.weight.detach().flatten(1), 1)
+        return l2_norm(self.module.weight.detach().flatten(1), 1)
 
     @property
     def no_constant(self) -> str | None:
@@ -203,7 +205,7 @@ class TransposedConvolution(Convolution):
         return False
 
     def shift(self, inputs: Tensor) -> Tensor:
-        taps = _wide(self.module.weight).flatten(2).sum(2)  # [in, out / groups]
+        taps = widened(self.module.weight).flatten(2).sum(2)  # [in, out / groups]
         by_group = inputs.view(self.module.groups, -1)
         return torch.einsum("gio,gi->go", taps.view(self.module.groups, by_group.shape[1], -1), by_group).flatten()
 
@@ -211,92 +213,6 @@ class TransposedConvolution(Convolution):
         if parameter.dim() == 1:
             return 0
         return 1 if self.module.groups == 1 else None  # grouped ones mix their outputs in one dimension
-
-
-class Attention(Consumer):
-    """``nn.MultiheadAttention``: its query is what is read; key and value where these are as wide."""
-
-    scaling = "square"
-
-    @property
-    def channels(self) -> tuple[int, int]:
-        return int(self.module.embed_dim), int(self.module.embed_dim)
-
-    @property
-    def blocks(self) -> int:
-        return int(self.module.num_heads)
-
-    @property
-    def maker(self) -> nn.Module:
-        return self.module.out_proj  # type: ignore[no-any-return]
-
-    def by_channel(self, a: Tensor) -> Tensor:
-        return _last_to_second(a if self.module.batch_first or a.dim() != 3 else a.transpose(0, 1))
-
-    @property
-    def _query(self) -> Tensor:
-        """What the query is multiplied with, shape [out, embed_dim]."""
-        joint = self.module.in_proj_weight
-        return torch.as_tensor(joint if joint is not None else self.module.q_proj_weight)
-
-    def matrices(self, each: int) -> list[Tensor]:
-        return [_wide(self._query)]
-
-    def assign(self, each: int, matrices: Sequence[Tensor]) -> None:
-        self._query.copy_(matrices[0])
-
-    def norms(self) -> Tensor:
-        return _norm(self._query.detach(), 0)
-
-    @property
-    def no_constant(self) -> str | None:
-        return "attention has no place for it"
-
-
-class Recurrent(Consumer):
-    """``nn.RNN``, ``nn.LSTM`` and ``nn.GRU``: their first layer reads neurons; their own hidden units stay."""
-
-    @property
-    def channels(self) -> tuple[int, int]:
-        width = int(getattr(self.module, "proj_size", 0) or self.module.hidden_size)
-        return int(self.module.input_size), width * (2 if self.module.bidirectional else 1)
-
-    @property
-    def weights(self) -> list[Tensor]:
-        """What the input is multiplied with, for each direction, shape [gates * hidden, in]."""
-        names = ["weight_ih_l0", *(["weight_ih_l0_reverse"] if self.module.bidirectional else [])]
-        return [getattr(self.module, name) for name in names]
-
-    def by_channel(self, a: Tensor) -> Tensor:
-        return _last_to_second(a if self.module.batch_first or a.dim() != 3 else a.transpose(0, 1))
-
-    def matrices(self, each: int) -> list[Tensor]:
-        return [_wide(torch.cat(self.weights))]
-
-    def assign(self, each: int, matrices: Sequence[Tensor]) -> None:
-        for weight, values in zip(self.weights, matrices[0].chunk(len(self.weights)), strict=True):
-            weight.copy_(values)
-
-    def norms(self) -> Tensor:
-        return _norm(torch.cat(self.weights).detach(), 0)
-
-    @property
-    def no_constant(self) -> str | None:
-        return "a recurrent layer has no place for it"
-
-    def stand_in(self, input: Tensor, *states: object) -> tuple[Tensor, object]:
-        """What has the shapes and the inputs of the layer's outputs, and no loop over time."""
-        module, width = self.module, self.channels[1]
-        if not isinstance(input, Tensor):
-            raise TypeError("packed sequences cannot be traced")
-        outputs = input.sum(-1, keepdim=True) * input.new_ones(width)
-        directions = 2 if module.bidirectional else 1
-        last = outputs.mean(1 if module.batch_first and input.dim() == 3 else 0)[..., : width // directions]
-        state = last.expand(module.num_layers * directions, *last.shape)
-        if not isinstance(module, nn.LSTM):
-            return outputs, state
-        cells = state.sum(-1, keepdim=True).expand(*state.shape[:-1], module.hidden_size)
-        return outputs, (state, cells)
 
 
 class Norm(Kind):
@@ -338,6 +254,8 @@ _KINDS: dict[type[nn.Module], type[Kind]] = {
     nn.Linear: Linear,
     nn.MultiheadAttention: Attention,
     nn.RNNBase: Recurrent,
+    AttentionScores: Scores,
+    AttentionHeads: Heads,
     nn.modules.batchnorm._NormBase: Norm,
     nn.GroupNorm: GroupNorm,
     nn.LayerNorm: LayerNorm,
@@ -381,6 +299,11 @@ def is_consumer(module: nn.Module) -> bool:
     return kind_of(module).consumes
 
 
+def has_weights(module: nn.Module) -> bool:
+    """Whether it is a consumer with weights of its own, which can be corrected."""
+    return is_consumer(module) and next(module.parameters(), None) is not None
+
+
 def is_batchnorm(module: nn.Module | None) -> bool:
     """Whether it is torch's BatchNorm with running statistics, and nothing else: in eval mode one affine map."""
     norm = isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None
@@ -389,19 +312,3 @@ def is_batchnorm(module: nn.Module | None) -> bool:
 
 def _own_forward(module: nn.Module) -> str:
     return f"{type(module).__name__} has a forward of its own"
-
-
-def _last_to_second(a: Tensor) -> Tensor:
-    if a.dim() == 1:
-        a = a.unsqueeze(0)
-    return a.unsqueeze(-1) if a.dim() == 2 else a.movedim(-1, 1).flatten(2)
-
-
-def _wide(weight: Tensor) -> Tensor:
-    return weight.detach().double().cpu()
-
-
-def _norm(weight: Tensor, dim: int | tuple[int, ...]) -> Tensor:  # a 16-bit sum would make many neurons tie
-    wide = weight if weight.element_size() >= 4 else weight.float()
-    norms: Tensor = torch.linalg.vector_norm(wide, dim=dim)
-    return norms.double()

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
+
+from dnr_plugin.network.calling import input_of
 
 Scaling = Literal["product", "square", "linear"]
 
@@ -78,6 +81,10 @@ class Consumer(Kind):
         """Any input or output as a view of shape [N, C, P]: samples, channels, positions."""
         raise NotImplementedError
 
+    def reads(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+        """What it reads, of the arguments that it is called with; None where that is no float tensor."""
+        return input_of(args, kwargs)
+
     def batched(self, a: Tensor) -> Tensor:
         """An input with a dimension of samples in front, also where it had none."""
         return a if a.dim() > 1 else a.unsqueeze(0)
@@ -136,6 +143,11 @@ class Consumer(Kind):
         """
         raise NotImplementedError
 
+    @property
+    def share(self) -> float:
+        """How many outputs of a layer each of its own stands for, where losses are compared."""
+        return 1.0
+
     def norms(self) -> Tensor:
         """L2 norm of the weights that read each input channel, float64, shape [in]."""
         raise NotImplementedError
@@ -163,3 +175,19 @@ class Consumer(Kind):
     def shift(self, inputs: Tensor) -> Tensor:
         """Outputs for inputs that are constant, shape [in] -> [out], float64, borders aside."""
         raise NotImplementedError
+
+
+def channels_second(a: Tensor) -> Tensor:
+    if a.dim() == 1:
+        a = a.unsqueeze(0)
+    return a.unsqueeze(-1) if a.dim() == 2 else a.movedim(-1, 1).flatten(2)
+
+
+def widened(weight: Tensor) -> Tensor:
+    return weight.detach().double().cpu()
+
+
+def l2_norm(weight: Tensor, dim: int | tuple[int, ...]) -> Tensor:  # a 16-bit sum would make many neurons tie
+    wide = weight if weight.element_size() >= 4 else weight.float()
+    norms: Tensor = torch.linalg.vector_norm(wide, dim=dim)
+    return norms.double()

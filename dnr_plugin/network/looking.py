@@ -14,18 +14,24 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dnr_plugin.network.kinds import Recurrent, kind_of
+from dnr_plugin.network.attention import attention_stand_ins
+from dnr_plugin.network.kinds import kind_of
+from dnr_plugin.network.sequence_kinds import Recurrent
 
 
 @contextlib.contextmanager
-def prepared(model: nn.Module) -> Iterator[None]:
+def prepared(model: nn.Module) -> Iterator[list[Tensor]]:
     """Lets stand-ins run in a model while it is traced; afterwards all is as it was.
+
+    What is given has to be traced beside the outputs, once the model ran.
 
     - modules with ``inplace`` set work out of place: an operation in place rewrites the history of what it changes;
     - the output of InstanceNorm, a view, is copied: what works in place behind it would take the norm out of the graph;
     - a PReLU with one slope for all channels is a LeakyReLU: Torch-Pruning takes it for a layer of one channel;
-    - a recurrent layer is one product with its input, not a loop over time.
+    - a recurrent layer is one product with its input, not a loop over time;
+    - split attention hands its value on, and what its query and key come to aside.
     """
+    aside: list[Tensor] = []
     in_place = [module for module in model.modules() if getattr(module, "inplace", False) is True]
     forwards: dict[nn.Module, Any] = {}
     swapped: list[tuple[nn.Module, str, nn.Module]] = []
@@ -42,8 +48,8 @@ def prepared(model: nn.Module) -> Iterator[None]:
                 if isinstance(child, nn.PReLU) and child.num_parameters == 1:
                     swapped.append((module, name, child))
                     module._modules[name] = nn.LeakyReLU(float(child.weight.detach()))
-        with _running(forwards):
-            yield
+        with _running(forwards | attention_stand_ins(model, aside.append)):
+            yield aside
     finally:
         for module in in_place:
             module.inplace = True  # type: ignore[assignment]

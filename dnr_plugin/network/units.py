@@ -14,6 +14,10 @@ import torch
 import torch_pruning as tp
 from torch import Tensor
 
+from dnr_plugin.network.attention import AttentionHeads
+from dnr_plugin.network.kinds import kind_of
+from dnr_plugin.network.sequence_kinds import Heads
+
 _Key = tuple[object, bool, int]
 _known: weakref.WeakKeyDictionary[tp.DependencyGraph, dict[_Key, Tensor]] = weakref.WeakKeyDictionary()
 
@@ -43,7 +47,7 @@ def _ties(group: tp.dependency.Group, size: int) -> Tensor:
     def closure(indices: Sequence[int]) -> set[int]:
         return set(graph.get_pruning_group(module, prune, list(indices))[0].idxs)
 
-    unit = torch.arange(size)
+    unit = _heads(group, size)
     steps = (step for item in group.items for step in item.dep.target.dependencies)
     if all(mapping is None for step in steps for mapping in step.index_mapping):
         return unit  # every member is numbered as the root is
@@ -56,6 +60,15 @@ def _ties(group: tp.dependency.Group, size: int) -> Tensor:
         together = unit[torch.tensor(sorted(closure([index]) | {index}))]
         unit[torch.isin(unit, together)] = int(together.min())
     return unit
+
+
+def _heads(group: tp.dependency.Group, size: int) -> Tensor:
+    """Of values of attention, of which whole heads go: the first channel of each one's head; else each its own."""
+    for dep, _ in group:
+        kind = kind_of(dep.target.module) if isinstance(dep.target.module, AttentionHeads) else None
+        if isinstance(kind, Heads) and kind.channels[0] == size:
+            return torch.arange(size) // kind.width * kind.width
+    return torch.arange(size)
 
 
 def joined(first: Tensor, second: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import threading
 import weakref
 from collections import deque
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dnr_plugin.network.calling import Pausable, eager, input_of, module_names, uncompiled
+from dnr_plugin.network.calling import Pausable, eager, module_names, uncompiled
 from dnr_plugin.network.kinds import consumer, is_consumer
 from dnr_plugin.observation.activity import Activity
 from dnr_plugin.observation.moments import MAX_FEATURES, MAX_PATCH, Moments
@@ -52,7 +53,7 @@ class _InputHook:
         return {"observer": None, "name": self.name}
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        a = input_of(args, kwargs)
+        a = consumer(module).reads(args, kwargs) if self.observer is not None else None
         if self.observer is not None and a is not None:
             self.observer._read(self.name, module, a)
 
@@ -153,7 +154,7 @@ class Observer(Pausable):
     def all_reduce(self) -> None:
         """Adds up what the ranks of the default process group have read; before the context is left."""
         for name, module in self.modules.items():  # each rank may have called other layers
-            device = next(module.parameters()).device
+            device = self._device_of(module)
             activity = self._by_device.get((name, device)) or self._empty(module, device)
             activity.all_reduce()
             if activity.samples:
@@ -174,9 +175,12 @@ class Observer(Pausable):
         self.reset()
         for name, values in state.items():
             module = self.modules[name]
-            device = next(module.parameters()).device
+            device = self._device_of(module)
             self._by_device[name, device] = self._empty(module, device)
             self._by_device[name, device].load_state_dict(values)
+
+    def _device_of(self, module: nn.Module) -> torch.device:
+        return next(itertools.chain(module.parameters(), self.model.parameters())).device
 
     def _empty(self, module: nn.Module, device: torch.device) -> Activity:
         kind = consumer(module)

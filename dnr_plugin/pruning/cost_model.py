@@ -14,6 +14,7 @@ import torch_pruning as tp
 from torch import Tensor, nn
 from torch_pruning import ops
 
+from dnr_plugin.network.attention import AttentionHeads, beside
 from dnr_plugin.network.cost import FlopReport
 from dnr_plugin.network.kinds import kind_of
 
@@ -32,7 +33,7 @@ class _Layer:
 
     def cost(self) -> tuple[float, float]:
         """(FLOPs, parameters) with the channels that remain."""
-        kept_in, kept_out = (1 - gone / total for gone, total in zip(self.gone, self.first, strict=True))
+        kept_in, kept_out = (max(0.0, 1 - gone / total) for gone, total in zip(self.gone, self.first, strict=True))
         scale = {"product": kept_in * kept_out, "square": kept_out**2, "linear": kept_out}[self.scaling]
         return self.flops * scale, self.matrix * scale + self.vector * kept_out
 
@@ -101,4 +102,7 @@ def effect_per_unit(
             inwards = kind_of(module).scaling == "product" and group._DG.is_in_channel_pruning_fn(dep.handler)
             key = (names[module], "in" if inwards else "out")
             effect[key] = effect.get(key, 0.0) + channels / len(members)
+        if channels and isinstance(module, AttentionHeads):  # whose query and key go along
+            for projection, width in beside(names[module], group._DG.model).items():
+                effect[projection, "out"] = channels / kind_of(module).channels[1] * width / len(members)
     return effect

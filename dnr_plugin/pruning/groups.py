@@ -14,7 +14,8 @@ from dnr_plugin.errors import InputError, did_you_mean
 from dnr_plugin.network.calling import eager, one_sample
 from dnr_plugin.network.dependencies import channel_groups, output_layers, shared_reason
 from dnr_plugin.network.graph import all_groups, build_graph
-from dnr_plugin.network.kinds import Attention, Recurrent, kind_of
+from dnr_plugin.network.kinds import kind_of
+from dnr_plugin.network.sequence_kinds import Attention, Recurrent
 from dnr_plugin.pruning.layers import Layer, Limits, divides, layer_of
 from dnr_plugin.pruning.verification import verified
 

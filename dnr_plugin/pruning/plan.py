@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +12,7 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from dnr_plugin.errors import InputError, TargetError, did_you_mean
+from dnr_plugin.network.attention import completed, split_modules
 from dnr_plugin.network.calling import copied, eager
 from dnr_plugin.network.cost import flop_report, latencies
 from dnr_plugin.network.dependencies import inexact_reason
@@ -84,10 +86,11 @@ def reachable(
     survey = survey or Survey(model, example_inputs)
     dense = dense or baseline(model, example_inputs, survey=survey, verify=limits.verify)
     prunable = survey.within(limits, dense.sizes)
-    removals = {
+    furthest = {
         layer.name: sorted(layer.neurons(u for part in layer.parts for u in part.units[: sum(part.portions)]))
         for layer in prunable.layers
     }
+    removals = completed(split_modules(model), furthest)
     trial = copied(model)
     prune_neurons(trial, example_inputs, removals)
     report = flop_report(trial, example_inputs)
@@ -193,11 +196,16 @@ def plan_removal(
     steps = ordered(steps, layers, scope, savings_of(model, report, layers, target, scope))
 
     cost = CostModel(model, report)
-    predicted, remaining = [target.measure(cost.flops, cost.params, neurons, dense)], neurons
+    splits = split_modules(model)
+    predicted = [target.measure(cost.flops, cost.params, neurons, dense)]
+    remaining, taken = neurons, defaultdict[str, set[int]](set)
     for step in steps:
-        effect = layers[step.layer].parts[step.part].effect
-        cost.remove({key: count * len(step.units) for key, count in effect.items()})
-        remaining -= step.neurons
+        layer = layers[step.layer]
+        cost.remove({key: count * len(step.units) for key, count in layer.parts[step.part].effect.items()})
+        for name, gone in completed(splits, {layer.name: layer.neurons(step.units)}).items():
+            new = {*gone} - taken[name]
+            taken[name] |= new
+            remaining -= len(new)
         predicted.append(target.measure(cost.flops, cost.params, remaining, dense))
 
     def removals(count: int) -> dict[str, list[int]]:
@@ -205,6 +213,7 @@ def plan_removal(
         for step in steps[:count]:
             layer = layers[step.layer]
             chosen.setdefault(layer.name, []).extend(layer.neurons(step.units))
+        chosen = completed(splits, chosen)
         return {name: sorted(chosen[name]) for name in sorted(chosen)}
 
     def measured(count: int) -> float:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dnr_plugin.errors import InputError, did_you_mean, first_line
+from dnr_plugin.network.attention import completed, split_modules
 from dnr_plugin.network.calling import eager, eval_outputs, network_of, one_sample, without_hooks
 from dnr_plugin.network.dependencies import shared_reason
 from dnr_plugin.network.graph import build_graph, group_of
@@ -81,7 +82,7 @@ def _prune(
 ) -> int:
     modules, folded = dict(model.named_modules()), 0
     graph = build_graph(model, example_inputs)
-    for name, neurons in removals.items():
+    for name, neurons in completed(split_modules(model), removals).items():
         if not neurons:
             continue
         root = modules.get(name)

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from dnr_plugin.errors import first_line
+from dnr_plugin.network.attention import completed, split_modules
 from dnr_plugin.network.calling import copied, eval_outputs, mapped, output_difference, without_hooks
 from dnr_plugin.network.dependencies import channels_carrying, inexact_reason, uses
 from dnr_plugin.network.graph import build_graph, group_of
@@ -195,8 +196,9 @@ class _Trial:
         modules = dict(trial.named_modules())
         try:
             graph = build_graph(trial, self.example)
-            for layer in layers:
-                group = group_of(graph, modules[layer.name], layer.neurons(_half(layer)))
+            halves = {layer.name: layer.neurons(_half(layer)) for layer in layers}
+            for name, neurons in completed(split_modules(trial), halves).items():
+                group = group_of(graph, modules[name], neurons)
                 if not graph.check_pruning_group(group):
                     return "Torch-Pruning cannot take half of its neurons without emptying a layer"
                 group.prune()

@@ -330,6 +330,11 @@ class PruneOptions(Section):
     ignored: Annotated[list[str], _REMOVING] = Field(
         default=[], description="layers left alone, by name or shell pattern (layer4.*)"
     )
+    attention: Annotated[bool, _AFTER_TRAINING] = Field(
+        default=False,
+        description="after_training only: give attention a layer for each projection, with the same outputs, so that "
+        "heads, and channels of query and key, can go",
+    )
     verify: Annotated[bool, _REMOVING] = Field(
         default=True,
         description="check Torch-Pruning's groups before they are used, on a copy of the network; what is at fault is "

@@ -32,10 +32,11 @@ import torch
 from torch import Tensor, nn
 
 from dnr_plugin.errors import RunError
+from dnr_plugin.network.attention import completed, split_modules
 from dnr_plugin.network.calling import call, kept_modes, module_names, network_of
 from dnr_plugin.network.flow import Calls
 from dnr_plugin.network.graph import build_graph, group_of
-from dnr_plugin.network.kinds import consumer, is_consumer, kind_of
+from dnr_plugin.network.kinds import consumer, has_weights, is_consumer, kind_of
 from dnr_plugin.repair.layer import Affine, Fit, LayerRepair
 from dnr_plugin.repair.pair import fit_pair
 from dnr_plugin.repair.reference import Reference
@@ -74,10 +75,10 @@ def kept_channels(
             torch.ones(kind_of(module).channels[1], dtype=torch.bool),
         )
         for name, module in modules.items()
-        if is_consumer(module)
+        if has_weights(module)
     }
     names = module_names(dense)
-    for root, neurons in removals.items():
+    for root, neurons in completed(split_modules(dense), removals).items():
         if not neurons:
             continue
         for dep, channels in group_of(graph, modules[root], neurons):

@@ -14,6 +14,8 @@ from dnr_plugin.errors import InputError, did_you_mean
 from dnr_plugin.models.build import build_model
 from dnr_plugin.models.examples import check_forward, example_image
 from dnr_plugin.models.options import check_model
+from dnr_plugin.network.calling import copied
+from dnr_plugin.network.splitting import split_attention
 from dnr_plugin.pruning.groups import Survey
 from dnr_plugin.pruning.layers import Limits
 from dnr_plugin.pruning.plan import check_target
@@ -76,11 +78,14 @@ def check_recipe(recipe: Recipe) -> Prepared:
     example = example_image(in_channels, image_size)
     check_forward(model, example, classes)
     check_pressure(model, recipe)
-    survey = Survey(model, example)
-    dense = baseline(model, example, survey=survey, verify=recipe.prune.verify)
+    pruned = model
+    if recipe.prune.attention:
+        split_attention(pruned := copied(model), example)
+    survey = Survey(pruned, example)
+    dense = baseline(pruned, example, survey=survey, verify=recipe.prune.verify)
     target = recipe.prune.target
     if target is not None:
-        check_target(model, example, target.kind, target.value, limits_of(recipe), dense, survey)
+        check_target(pruned, example, target.kind, target.value, limits_of(recipe), dense, survey)
     return Prepared(recipe, model, example, shape, dense)
 
 

@@ -13,7 +13,7 @@ from dnr_plugin.pruning.plan import Plan
 from dnr_plugin.pruning.removal import prune_neurons
 from dnr_plugin.recipe.schema import Recipe
 from dnr_plugin.reports.layer_report import layer_rows
-from dnr_plugin.runs.removal_stage import importance_of, observe, plan_towards
+from dnr_plugin.runs.removal_stage import importance_of, observe, plan_towards, split
 from dnr_plugin.runs.run import begun
 from dnr_plugin.runs.state import Track, quiet
 
@@ -33,6 +33,7 @@ def plan_recipe(
     run = begun(recipe, Path(os.devnull), pick_device(device), track)
     if recipe.prune.target is None:
         return None, layer_rows(run.dense.report, run.dense.report), None
+    split(run)
     importance = importance_of(run)
     observe(run, importance)
     missed = None

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from dnr_plugin.errors import InputError, TargetError
 from dnr_plugin.network.batchnorm import recalibrate_batchnorm
 from dnr_plugin.network.calling import eval_outputs, kept_modes, output_difference
+from dnr_plugin.network.splitting import split_attention
 from dnr_plugin.pruning.numbering import original_numbers, renumbered
 from dnr_plugin.pruning.plan import Plan, plan_removal
 from dnr_plugin.pruning.removal import prune_neurons
@@ -33,6 +34,7 @@ def prune(run: RunState) -> None:
     options = run.recipe.prune
     target = _given(options.target).target
     done = Removal()
+    split(run)
     dense = copy.deepcopy(run.model) if options.repair else None
     gone: dict[str, list[int]] = {}  # removed by steps so far, as numbered in the dense network
     for step in range(1, options.steps + 1):
@@ -61,6 +63,13 @@ def prune(run: RunState) -> None:
             break
     run.results.removal = done
     run.results.accuracy_before_finetune = run.accuracy()
+
+
+def split(run: RunState) -> None:
+    """Splits the model's attention, where the recipe asks for it."""
+    options = run.recipe.prune
+    if options.attention:
+        split_attention(run.model, run.example, run.calibration(options.observe.samples, "splitting attention"))
 
 
 def importance_of(run: RunState, training: bool = False) -> DyingNeuronImportance:

@@ -7,7 +7,7 @@ import torch_pruning as tp
 from torch import Tensor
 
 from dnr_plugin.network.batchnorm import constant_absorber
-from dnr_plugin.network.kinds import consumer
+from dnr_plugin.network.kinds import consumer, has_weights
 from dnr_plugin.scoring.brain_surgeon import reproduce
 from dnr_plugin.scoring.evidence import Evidence
 
@@ -26,6 +26,8 @@ def correct(graph: tp.DependencyGraph, e: Evidence) -> str | None:
         Why nothing was changed, or None.
     """
     module, moments = e.use.module, e.activity.moments
+    if not has_weights(module):
+        return "it has no weights of its own"
     if moments is None:
         return f"it reads {e.activity.channels} channels, too many for second moments"
     features = moments.features

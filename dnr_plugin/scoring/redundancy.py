@@ -53,7 +53,7 @@ def _readers(graph: tp.DependencyGraph, e: Evidence) -> list[Reader]:
         if scale is None:
             explained = weights @ own if own.dim() == 2 else weights * own
             spread = (explained * weights).sum(1).mean().clamp_min(1e-30).sqrt()
-            scaled = weights / spread
+            scaled = weights / spread * consumer(module).share ** 0.5
         else:
             outputs = scale.chunk(len(matrices))[number]
             scaled = weights * outputs.repeat_interleave(len(weights) // len(outputs))[:, None]

@@ -30,6 +30,7 @@ from dnr_plugin.errors import InputError, first_line
 from dnr_plugin.files import atomic_write, check_writable
 from dnr_plugin.models.build import build_model
 from dnr_plugin.models.examples import example_image
+from dnr_plugin.network.splitting import split_attention
 from dnr_plugin.pruning.order import SCOPES
 from dnr_plugin.pruning.plan import plan_removal, reachable
 from dnr_plugin.pruning.removal import prune_neurons
@@ -132,7 +133,10 @@ def _check_options(recipe: Recipe, finetune: bool) -> None:
 def _check_levels(recipe: Recipe, levels: Sequence[float]) -> None:
     classes, in_channels, size = data_shape(recipe.data)
     model = build_model(recipe.model, classes, in_channels, size)
-    furthest = reachable(model, example_image(in_channels, size), "flops", limits_of(recipe))
+    example = example_image(in_channels, size)
+    if recipe.prune.attention:
+        split_attention(model, example)
+    furthest = reachable(model, example, "flops", limits_of(recipe))
     problems = [
         f"--levels: expected at least {furthest:.4f}, which is as far as ignored, round_to and max_pruning_ratio "
         f"allow, found {level:g}"

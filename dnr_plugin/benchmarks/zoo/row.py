@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import tempfile
 import time
@@ -12,11 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from dnr_plugin.benchmarks.zoo.networks import Entry
-from dnr_plugin.errors import RunError, TargetError
+from dnr_plugin.errors import InputError, RunError, TargetError
 from dnr_plugin.models.build import rebuild
 from dnr_plugin.models.saved import load_pruned, save_pruned
+from dnr_plugin.network.attention import split_modules
 from dnr_plugin.network.calling import call, copied, eval_outputs, kept_modes, output_difference, tensors
 from dnr_plugin.network.cost import flop_report
+from dnr_plugin.network.splitting import split_attention
 from dnr_plugin.pruning.plan import plan_removal
 from dnr_plugin.pruning.removal import prune_neurons
 from dnr_plugin.repair.network import repair_network
@@ -43,6 +46,9 @@ def try_network(entry: Entry, flops: float, tell: Callable[[str, Any], None]) ->
     _spread(model)
     images = [_images(entry, 2, seed) for seed in range(_IMAGES // 2)]
     example = images[0]
+    with contextlib.suppress(InputError):  # none that can be split
+        attention = split_attention(model, example, images)
+        tell("attention", {"split": len(split_modules(model)), "left": attention})
     dense = copied(model)
     importance = DyingNeuronImportance()
     with importance.observe(model), kept_modes(model), torch.no_grad():

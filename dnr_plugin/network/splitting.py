@@ -1,0 +1,229 @@
+"""`split_attention`: puts attention whose projections are layers of their own in the place of a model's own."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dnr_plugin.errors import InputError
+from dnr_plugin.network.attention import (
+    AttentionScores,
+    SplitAttention,
+    SplitMultihead,
+    SplitTokens,
+    SplitWindows,
+    split_modules,
+)
+from dnr_plugin.network.calling import batch_inputs, call, eager, kept_modes, output_difference, tensors
+
+_TOLERANCE, _TOLERANCE_16_BITS = 1e-4, 0.05  # of an attention's largest output
+
+
+def _linears(weight: Tensor, bias: Tensor | None) -> list[nn.Linear]:
+    """Query, key and value of a joint matrix [3 * out, in]."""
+    linears = []
+    for number, part in enumerate(weight.detach().chunk(3)):
+        linear = nn.Linear(part.shape[1], part.shape[0], bias=bias is not None, device="meta")
+        linear.weight = nn.Parameter(part.clone(), requires_grad=weight.requires_grad)
+        if bias is not None:
+            linear.bias = nn.Parameter(bias.detach().chunk(3)[number].clone(), requires_grad=bias.requires_grad)
+        linears.append(linear)
+    return linears
+
+
+def _of_multihead(module: nn.MultiheadAttention) -> SplitAttention:
+    if module.in_proj_weight is None or module.bias_k is not None or module.add_zero_attn:
+        raise ValueError("its query, key and value are not of one width, or it adds keys of its own")
+    out = nn.Linear(module.embed_dim, module.embed_dim, bias=module.out_proj.bias is not None, device="meta")
+    out.weight, out.bias = module.out_proj.weight, module.out_proj.bias
+    return SplitMultihead(
+        *_linears(module.in_proj_weight, module.in_proj_bias), out, module.num_heads, module.head_dim**-0.5,
+        module.dropout, batch_first=module.batch_first,
+    )  # fmt: skip
+
+
+def _of_joint(module: Any) -> SplitAttention:
+    """Of what has a linear layer ``qkv`` and one that is called ``proj``, and no other weights."""
+    heads = module.num_heads
+    linears, windowed = _linears(module.qkv.weight, module.qkv.bias), hasattr(module, "relative_position_bias_table")
+    kept = {module.qkv.weight, module.qkv.bias, module.proj.weight, module.proj.bias}
+    scale = float(getattr(module, "scale", (linears[0].out_features // heads) ** -0.5))
+    if not windowed:
+        if {*module.parameters()} - kept:
+            raise ValueError("it has other weights than those of qkv and proj")
+        return SplitTokens(
+            *linears, module.proj, heads, scale, _rate(module, "attn_drop"), out_dropout=_rate(module, "proj_drop")
+        )
+    table = module.relative_position_bias_table
+    if {*module.parameters()} - kept - {table} or not hasattr(module, "attention_dropout"):
+        raise ValueError("it has other weights than those of qkv, proj and relative positions")
+    return SplitWindows(
+        *linears, module.proj, heads, scale, module.attention_dropout, table, out_dropout=module.dropout,
+        pairs=module.relative_position_index, window=module.window_size, shift=module.shift_size,
+    )  # fmt: skip
+
+
+def _rate(module: nn.Module, name: str) -> float:
+    dropout = getattr(module, name, None)
+    return float(dropout.p) if isinstance(dropout, nn.Dropout) else 0.0
+
+
+def _split(module: nn.Module) -> SplitAttention:
+    """A `SplitAttention` that should do the same.
+
+    Raises:
+        ValueError: it cannot, with the reason.
+    """
+    if any(module._forward_hooks) or any(module._forward_pre_hooks):
+        raise ValueError("hooks hang on it")
+    linears = [m for m in module.modules() if isinstance(m, nn.Linear)]
+    if any("weight" not in linear._parameters for linear in linears):
+        raise ValueError("a weight of it is computed when it runs")
+    return (_of_multihead(module) if isinstance(module, nn.MultiheadAttention) else _of_joint(module)).train(
+        module.training
+    )
+
+
+def _is_attention(module: nn.Module) -> bool:
+    if isinstance(module, nn.MultiheadAttention):
+        return True
+    layers = [getattr(module, name, None) for name in ("qkv", "proj")]
+    return all(isinstance(layer, nn.Linear) for layer in layers) and isinstance(getattr(module, "num_heads", None), int)
+
+
+def split_attention(model: nn.Module, example_inputs: Any, images: Any = None) -> dict[str, str]:
+    """Lets a model's attention lose heads, and channels of query and key: a layer for each projection, in its place.
+
+    Outputs stay what they are, which is checked for every attention; what gives others stays as it was. Parameters are
+    new ones: to be called before an optimizer is made of them. Handled are ``nn.MultiheadAttention``, modules with
+    linear layers ``qkv`` and ``proj`` (timm, DeiT and others) and the shifted windows of torchvision's Swin.
+
+    Args:
+        model: changed in place.
+        example_inputs: as Torch-Pruning takes them.
+        images: batches like those of training, by which channels of query and key are put into the order in which they
+            count (see the module); by the weights alone where there are none.
+
+    Returns:
+        Attention that was left as it was -> why.
+
+    Raises:
+        InputError: the model has no attention of these kinds, or all of it was left.
+    """
+    model = eager(model)
+    found = {name: module for name, module in model.named_modules() if _is_attention(module)}
+    left = _split_those(model, example_inputs, found)
+    if len(left) == len(found):
+        reasons = "".join(f"; {name}: {reason}" for name, reason in [*left.items()][:3])
+        raise InputError(f"model: expected attention that can be split, found {'none' if not found else reasons[2:]}")
+    _order_channels(model, example_inputs, images)
+    return left
+
+
+def _split_those(model: nn.Module, example_inputs: Any, found: Mapping[str, nn.Module]) -> dict[str, str]:
+    left: dict[str, str] = {}
+    calls: dict[nn.Module, tuple[Any, Any, Any]] = {}
+
+    def note(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        calls[module] = args, kwargs, output
+
+    handles: list[Any] = []
+    splits: dict[str, SplitAttention] = {}
+    for name, module in found.items():
+        try:
+            splits[name] = _split(module)
+        except (ValueError, AttributeError) as error:
+            left[name] = str(error)
+    with contextlib.ExitStack() as hooks, kept_modes(model), torch.enable_grad():  # without, torch takes other ways
+        model.eval()
+        for name in splits:
+            handles.append(found[name].register_forward_hook(note, with_kwargs=True))
+            hooks.callback(handles[-1].remove)
+        call(model, example_inputs)
+    for name, split in splits.items():
+        reason = _unlike(split, calls.get(found[name]))
+        if reason is None:
+            _replace(model, found[name], split)
+        else:
+            left[name] = reason
+    return left
+
+
+@torch.no_grad()
+def _unlike(split: SplitAttention, known: tuple[Any, Any, Any] | None) -> str | None:
+    """Why a `SplitAttention` cannot stand in for what was called, or None."""
+    if known is None:
+        return "it is not called in eval mode"
+    args, kwargs, output = known
+    try:
+        with kept_modes(split):
+            given = split.eval()(*args, **kwargs)
+    except Exception as error:  # whatever it is called with
+        return f"it is called otherwise than expected: {type(error).__name__}: {error}".split("\n")[0]
+    wide = all(a.element_size() > 2 for a in tensors(output))
+    if output_difference([*tensors(output)], [*tensors(given)])[1] > (_TOLERANCE if wide else _TOLERANCE_16_BITS):
+        return "it computes something else than scaled dot products of query and key"
+    return None
+
+
+def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Under every name."""
+    for parent in [*model.modules()]:
+        for name, child in parent._modules.items():
+            if child is old:
+                parent._modules[name] = new
+
+
+def split_named(model: nn.Module, names: Sequence[str]) -> None:
+    """Splits attention by name, whatever it computes: for a model whose weights are loaded later.
+
+    Raises:
+        ValueError: there is none of this name that can be split.
+    """
+    modules = dict(model.named_modules())
+    for name in names:
+        module = modules.get(name)
+        if module is None or not _is_attention(module):
+            raise ValueError(f"{name!r} is no attention that can be split")
+        _replace(model, module, _split(module))
+
+
+@torch.no_grad()
+def _order_channels(model: nn.Module, example: Any, images: Any) -> None:
+    """Rotates query and key of all split attention by what they give on some images, or by their weights."""
+    splits = split_modules(model)
+    sums: dict[AttentionScores, tuple[Tensor, Tensor]] = {}
+
+    def add(scores: AttentionScores, query: Tensor, key: Tensor) -> None:
+        key = key - key.mean(1, keepdim=True)
+        moments = [_moments(scores, a) for a in (query, key)]
+        before = sums.get(scores)
+        sums[scores] = (moments[0], moments[1]) if before is None else (before[0] + moments[0], before[1] + moments[1])
+
+    if images is None:
+        for attention in splits.values():
+            weights = [linear.weight.T[None] for linear in (attention.query, attention.key)]
+            sums[attention.core.scores] = tuple(_moments(attention.core.scores, a) for a in weights)  # type: ignore[assignment]
+    else:
+        with contextlib.ExitStack() as hooks, kept_modes(model):
+            model.eval()
+            for attention in splits.values():
+                handle = attention.core.scores.register_forward_pre_hook(lambda module, args: add(module, *args))
+                hooks.callback(handle.remove)
+            for batch in [images] if isinstance(images, Tensor | dict) else images:
+                call(model, batch_inputs(batch, example))
+    for name, attention in splits.items():
+        moments = sums.get(attention.core.scores)
+        if moments is None or not all(bool(a.isfinite().all()) for a in moments):
+            raise InputError(f"images: expected batches on which {name} gives finite queries and keys")
+        attention.rotate(*moments)
+
+
+def _moments(scores: AttentionScores, a: Tensor) -> Tensor:
+    """Second moments of each head, float64, shape [heads, width, width]."""
+    by_head = scores.by_head(a).transpose(0, 1).flatten(1, 2).double()
+    return by_head.mT @ by_head
