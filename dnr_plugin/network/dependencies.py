@@ -29,6 +29,10 @@ _MIXING_GRADS = {
 }
 
 
+class Unscored(LookupError):
+    """Why the neurons of a group cannot be judged by what reads them."""
+
+
 @dataclass(frozen=True)
 class Use:
     """Where a group's neurons are used: channels ``channels[k]`` of ``module`` carry the neurons ``neurons[k]``.
@@ -53,7 +57,7 @@ def uses(group: tp.dependency.Group) -> list[Use]:
         group: with full or partial indices.
 
     Raises:
-        LookupError: Torch-Pruning lost track of which root index a channel belongs to.
+        Unscored: Torch-Pruning lost track of which root index a channel belongs to.
     """
     position = {root: k for k, root in enumerate(group[0].idxs)}
     unit = ties(group)
@@ -70,7 +74,7 @@ def uses(group: tp.dependency.Group) -> list[Use]:
         if not group._DG.is_in_channel_pruning_fn(dep.handler):
             continue
         if any(root is None for root in item.root_idxs):
-            raise LookupError("Torch-Pruning does not say which neuron each of its input channels belongs to")
+            raise Unscored("Torch-Pruning does not say which neuron each of its input channels belongs to")
         if tied:
             carried = [(c, k) for c, r in zip(channels, item.root_idxs, strict=True) for k in members[int(unit[r])]]
             channels, neurons = map(list, zip(*carried, strict=True))
@@ -117,6 +121,25 @@ def units(group: tp.dependency.Group) -> Tensor:
     if blocks > 1 and size % blocks == 0:
         unit = joined(unit, torch.arange(size) % (size // blocks))
     numbered: Tensor = torch.unique(unit, return_inverse=True)[1]
+    return numbered
+
+
+def parts(group: tp.dependency.Group, unit: Tensor) -> Tensor:
+    """Number of the part that each unit belongs to, from 0: those of a part have channels in the same members.
+
+    Most groups are one part; where layers are concatenated in front of a sum, or outputs are split, there are several,
+    and each has layers to itself that run empty without it.
+
+    Args:
+        group: with all indices.
+        unit: `units` of it.
+    """
+    touches = torch.zeros(int(unit.max()) + 1, len(group.items), dtype=torch.bool)
+    for number, item in enumerate(group.items):
+        touches[unit[torch.tensor(item.root_idxs)], number] = True
+    if bool((touches == touches[0]).all()):
+        return torch.zeros(len(touches), dtype=torch.int64)
+    numbered: Tensor = torch.unique(touches, dim=0, return_inverse=True)[1]
     return numbered
 
 

@@ -11,7 +11,7 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from dnr_plugin.network.dependencies import units
+from dnr_plugin.network.dependencies import parts, units
 from dnr_plugin.network.kinds import kind_of
 from dnr_plugin.pruning.cost_model import effect_per_unit
 
@@ -144,25 +144,13 @@ def layer_of(
 
 
 def _parts(layer: Layer, names: Mapping[nn.Module, str], limits: Limits) -> list[Part]:
-    group = layer.group
-    touches = torch.stack([_touched_units(layer, item.root_idxs) for item in group.items], 1)
-    kinds, part = touches[:1], torch.zeros(layer.units, dtype=torch.int64)
-    if not bool((touches == touches[0]).all()):
-        kinds, part = torch.unique(touches, dim=0, return_inverse=True)
-    parts = []
-    for number in range(len(kinds)):
+    made, part = [], parts(layer.group, layer.unit)
+    for number in range(int(part.max()) + 1):
         members = (part == number).nonzero().flatten().tolist()
         first = max(len(members), round(layer.first / layer.size * len(members)))
         portions = _portions(len(members), first, max(1, layer.size // layer.units), limits)
-        parts.append(Part(members, portions, effect_per_unit(group, names, layer.unit, members)))
-    return parts
-
-
-def _touched_units(layer: Layer, roots: Sequence[int]) -> Tensor:
-    """Units that any of a member's channels belong to; bool, shape [units]."""
-    touched = torch.zeros(layer.units, dtype=torch.bool)
-    touched[layer.unit[torch.tensor(roots)]] = True
-    return touched
+        made.append(Part(members, portions, effect_per_unit(layer.group, names, layer.unit, members)))
+    return made
 
 
 def divides(group: tp.dependency.Group, blocks: int) -> bool:

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import math
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
@@ -13,7 +14,7 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from dnr_plugin.network.calling import network_of
-from dnr_plugin.network.dependencies import channel_groups, shared_reason, units, uses
+from dnr_plugin.network.dependencies import Unscored, channel_groups, parts, shared_reason, units, uses
 from dnr_plugin.network.kinds import consumer
 from dnr_plugin.network.units import ties
 from dnr_plugin.observation.history import NeuronHistory
@@ -21,9 +22,9 @@ from dnr_plugin.observation.observer import Observer
 from dnr_plugin.scoring.correction import correct
 from dnr_plugin.scoring.evidence import Evidence, Verdict, judge, read
 from dnr_plugin.scoring.following import Followed, Pending
+from dnr_plugin.scoring.pruners import asked_by, for_a_penalty, warn_of_little
 from dnr_plugin.scoring.redundancy import redundancy
-from dnr_plugin.scoring.scores import check_settings, lexicographic, score_neurons
-from dnr_plugin.scoring.sparse_training import for_a_penalty
+from dnr_plugin.scoring.scores import best_units, check_settings, lexicographic, score_neurons
 
 # Three tiers of float64, far apart: dead neurons below, live ones between, those that must stay above.
 _DEAD, _FLOOR, _CEILING, _KEPT = 1e-30, 1e-20, 1e20, 1e30
@@ -122,6 +123,7 @@ class DyingNeuronImportance(tp.importance.Importance):  # type: ignore[misc]
         self._first_size: dict[str, int] = {}
         self._order: dict[str, int] = {}
         self._followed: dict[tp.DependencyGraph, Followed] = {}
+        self._warned: weakref.WeakSet[tp.pruner.BasePruner] = weakref.WeakSet()
 
     @contextlib.contextmanager
     def observe(self, model: nn.Module) -> Iterator[Observer]:
@@ -176,27 +178,28 @@ class DyingNeuronImportance(tp.importance.Importance):  # type: ignore[misc]
         Returns:
             Score per root index, shape [n], float64, positive, on the CPU; None where the group has no observed
             consumer (its name and the reason are then in `skipped`). Where a pruner asks for a penalty on weights
-            (`sparse_training`) NaN, by which it leaves the group alone, and no neuron is marked as one to keep.
+            (`pruners`) NaN, by which it leaves the group alone, and no neuron is marked as one to keep.
 
         Raises:
             RuntimeError: nothing was observed, or layers were pruned in a way that could not be followed.
         """
-        evidence, root, penalty = self.evidence(group), self._root(group), for_a_penalty()
-        if not evidence and penalty:
-            return torch.full((len(group[0].idxs),), math.nan, dtype=torch.float64)
-        if not evidence:
-            reason = str(self.why_unscored(group))
+        evidence, root, asked = self.evidence(group), self._root(group), asked_by()
+        if asked is not None and asked[0] not in self._warned:
+            self._warned.add(asked[0])
+            warn_of_little(asked[0], self.why_unscored)
+        n, penalty = len(group[0].idxs), for_a_penalty(asked)
+        try:
+            score = self._score(group, evidence)
+        except Unscored as error:
+            if penalty:
+                return torch.full((n,), math.nan, dtype=torch.float64)
             if root not in self.skipped:
-                warnings.warn(f"{root} is left alone: {reason}", stacklevel=2)
-            self.skipped[root] = reason
+                warnings.warn(f"{root} is left alone: {error}", stacklevel=2)
+            self.skipped[root] = str(error)
             return None
         self.skipped.pop(root, None)
         if not penalty:
             self._note(group, evidence)
-        n = len(group[0].idxs)
-        redundant = self.score == "redundancy"
-        tied = ties(group)[torch.tensor(group[0].idxs)]
-        score = redundancy(group._DG, evidence, tied) if redundant else score_neurons(self.score, evidence, n)
         if self.prior:
             score *= self._alive(root, group) ** self.prior
         tie_break = score_neurons("magnitude", evidence, n)
@@ -217,6 +220,14 @@ class DyingNeuronImportance(tp.importance.Importance):  # type: ignore[misc]
         kept = self._kept(root, group, distinct) | ~read(evidence, n)
         return torch.where(kept, _KEPT * (1.0 + _STEP * rank), distinct)
 
+    def _score(self, group: tp.dependency.Group, evidence: Sequence[Evidence]) -> Tensor:
+        """By `score`, raw, float64, shape [n]; a Unscored says why there is none."""
+        if not evidence:
+            raise Unscored(self.why_unscored(group))
+        if self.score != "redundancy":
+            return score_neurons(self.score, evidence, len(group[0].idxs))
+        return redundancy(group._DG, evidence, ties(group)[torch.tensor(group[0].idxs)])
+
     def evidence(self, group: tp.dependency.Group) -> list[Evidence]:
         """The consumers of a group with what was observed there; empty if incomplete (`why_unscored`).
 
@@ -225,7 +236,7 @@ class DyingNeuronImportance(tp.importance.Importance):  # type: ignore[misc]
         """
         try:
             return self._look_up(group)
-        except LookupError:
+        except Unscored:
             return []
 
     def why_unscored(self, group: tp.dependency.Group) -> str | None:
@@ -236,7 +247,7 @@ class DyingNeuronImportance(tp.importance.Importance):  # type: ignore[misc]
         """
         try:
             self._look_up(group)
-        except LookupError as missing:
+        except Unscored as missing:
             return str(missing)
         return None
 
@@ -313,23 +324,25 @@ class DyingNeuronImportance(tp.importance.Importance):  # type: ignore[misc]
         return judge(evidence, len(group[0].idxs)) if evidence else None
 
     def _look_up(self, group: tp.dependency.Group) -> list[Evidence]:
-        """`evidence`, with a LookupError that says what is missing."""
+        """`evidence`, with a Unscored that says what is missing."""
         if self.observer is None:
             raise RuntimeError(
                 "nothing was observed yet: call the model inside `with importance.observe(model):` before pruning"
             )
         shared = shared_reason(group)
         if shared is not None:
-            raise LookupError(shared)
+            raise Unscored(shared)
         names, evidence = self._carried(group._DG).consumers, []
         for use in uses(group):
             name = names.get(use.module)
             if name is None or name not in self.observer.modules:
-                raise LookupError("a layer that reads its neurons is not part of the observed model")
+                raise Unscored("a layer that reads its neurons is not part of the observed model")
             if name not in self.observer.activities:
-                raise LookupError(f"{name}, which reads its neurons, was not called while the model was observed")
+                raise Unscored(f"{name}, which reads its neurons, was not called while the model was observed")
             activity = self.observer.activities[name]
             channels, _ = consumer(use.module).channels
+            if int(use.channels.max()) >= channels:
+                raise Unscored(f"Torch-Pruning takes channels from {name} that it does not have")
             if activity.channels != channels:
                 raise RuntimeError(
                     f"the statistics of {name} describe {activity.channels} input channels, but it has "
@@ -337,7 +350,7 @@ class DyingNeuronImportance(tp.importance.Importance):  # type: ignore[misc]
                 )
             evidence.append(Evidence(use, activity))
         if not evidence:
-            raise LookupError("no layer that could be observed reads its neurons, as with the outputs of the model")
+            raise Unscored("no layer that could be observed reads its neurons, as with the outputs of the model")
         return evidence
 
     @property
@@ -403,13 +416,9 @@ class DyingNeuronImportance(tp.importance.Importance):  # type: ignore[misc]
         return score / scale if scale > 0 else score
 
     def _kept(self, root: str, group: tp.dependency.Group, score: Tensor) -> Tensor:
-        """Marks the best neurons of a whole group, in whole units, that no removal may take."""
+        """Marks the best neurons of a whole group, in whole units of every part, that no removal may take."""
         if len(score) != self._channels(group) or len(score) % channel_groups(group):
             return torch.zeros(len(score), dtype=torch.bool)
         size = int((unit := units(group)).max()) + 1
         first = self._first_size.setdefault(root, size)
-        count = min(size, max(self.min_channels, math.ceil(first * (1.0 - self.max_pruning_ratio) - 1e-9)))
-        kept = torch.zeros(size, dtype=torch.bool)
-        mean = torch.zeros(size, dtype=score.dtype).scatter_reduce(0, unit, score, "mean", include_self=False)
-        kept[mean.argsort()[size - count :]] = True
-        return kept[unit]
+        return best_units(score, unit, parts(group, unit), first, self.max_pruning_ratio, self.min_channels)[unit]

@@ -10,7 +10,7 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from dnr_plugin.network.batchnorm import affine, norm_behind
-from dnr_plugin.network.dependencies import Use
+from dnr_plugin.network.dependencies import Unscored, Use
 from dnr_plugin.network.kinds import consumer
 from dnr_plugin.scoring.brain_surgeon import Reader, damages
 from dnr_plugin.scoring.evidence import Evidence
@@ -29,7 +29,7 @@ def readers(graph: tp.DependencyGraph, evidence: Sequence[Evidence]) -> list[Rea
         One reader for each consumer, or for each of its groups that read the neurons.
 
     Raises:
-        LookupError: neurons with different numbers of channels at one consumer.
+        Unscored: neurons with different numbers of channels at one consumer.
     """
     return [reader for e in evidence for reader in _readers(graph, e)]
 
@@ -59,7 +59,7 @@ def _readers(graph: tp.DependencyGraph, e: Evidence) -> list[Reader]:
             scaled = weights * outputs.repeat_interleave(len(weights) // len(outputs))[:, None]
         neurons, counts = torch.unique(e.use.neurons[inside], return_counts=True)
         if len(counts.unique()) > 1:
-            raise LookupError("its neurons have different numbers of channels at one layer")
+            raise Unscored("its neurons have different numbers of channels at one layer")
         order = e.use.neurons[inside].argsort(stable=True)
         channels = (e.use.channels[inside] - start)[order].view(len(neurons), -1)
         columns = (channels[:, :, None] * features + torch.arange(features)).flatten(1)

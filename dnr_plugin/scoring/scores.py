@@ -103,3 +103,26 @@ def check_settings(
     ):
         if not fits:
             raise ValueError(f"{name}: expected {expected}, found {value}")
+
+
+def best_units(score: Tensor, unit: Tensor, part: Tensor, first: int, ratio: float, least: int) -> Tensor:
+    """The units of each part of a group that stay whatever is asked for: those with the highest mean score.
+
+    Args:
+        score: of each neuron, float64, shape [n].
+        unit: number of the unit of each neuron, shape [n]; part: of the part of each unit, shape [units].
+        first: units of the group when it was first scored.
+        ratio: largest share of these that may go, in (0, 1].
+        least: units of each part that stay, >= 1.
+
+    Returns:
+        Bool, shape [units].
+    """
+    size = len(part)
+    kept = torch.zeros(size, dtype=torch.bool)
+    mean = torch.zeros(size, dtype=score.dtype).scatter_reduce(0, unit, score, "mean", include_self=False)
+    for number in range(int(part.max()) + 1):
+        own = (part == number).nonzero().flatten()
+        count = min(len(own), max(least, math.ceil(first * len(own) / size * (1.0 - ratio) - 1e-9)))
+        kept[own[mean[own].argsort()[len(own) - count :]]] = True
+    return kept
