@@ -80,15 +80,15 @@ def test_a_pruner_that_reaches_little_is_told(width: int, ignored: bool, told: b
 
 
 class Reused(nn.Module):
-    """A layer that reads both halves of another one's outputs, which Torch-Pruning counts as twice as wide."""
+    """A layer that reads two parts of another one's outputs, which Torch-Pruning counts as twice as wide."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.a, self.b, self.fc = nn.Conv2d(3, 16, 1), nn.Conv2d(8, 8, 1), nn.Linear(16, 3)
+        self.a, self.b, self.c, self.fc = nn.Conv2d(3, 32, 1), nn.Conv2d(8, 8, 1), nn.Conv2d(16, 8, 1), nn.Linear(24, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        u, v = self.a(x).relu().split([8, 8], 1)
-        return self.fc(torch.cat([self.b(u), self.b(v)], 1).mean((2, 3)))  # type: ignore[no-any-return]
+        u, v, w = self.a(x).relu().split([8, 8, 16], 1)
+        return self.fc(torch.cat([self.b(u), self.b(v), self.c(w)], 1).mean((2, 3)))  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize("score", ["redundancy", "contribution"])
@@ -100,4 +100,4 @@ def test_a_group_that_cannot_be_scored_is_named_and_left(score: str) -> None:
     with pytest.warns(UserWarning, match="a is left alone: Torch-Pruning takes channels from b that it does not have"):
         pruner.step()
     assert importance.skipped == {"a": "Torch-Pruning takes channels from b that it does not have"}
-    assert (model.a.out_channels, model.b.in_channels) == (16, 8)
+    assert (model.a.out_channels, model.b.in_channels) == (32, 8)
