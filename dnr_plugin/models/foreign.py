@@ -15,11 +15,13 @@ from torch import nn
 from dnr_plugin.errors import InputError, did_you_mean, first_line
 
 
-def torchvision_names() -> list[str]:
+def torchvision_names(*, every: bool = False) -> list[str]:
+    """torchvision's classifiers, and with ``every`` its networks for segmentation, detection and video as well."""
     import torchvision  # type: ignore[import-untyped, unused-ignore]
 
-    names: list[str] = torchvision.models.list_models(module=torchvision.models)
-    return names
+    models = torchvision.models
+    modules = [models, models.segmentation, models.detection, models.video] if every else [models]
+    return [name for module in modules for name in models.list_models(module=module)]
 
 
 def build_torchvision(name: str, kwargs: Mapping[str, Any]) -> nn.Module:
@@ -27,7 +29,11 @@ def build_torchvision(name: str, kwargs: Mapping[str, Any]) -> nn.Module:
 
     short = name.removeprefix("torchvision.")
     # Auxiliary heads lie outside what is traced; without init_weights these two warn that its default will change.
-    fixed = {"aux_logits": False, "init_weights": True} if short in ("googlenet", "inception_v3") else {}
+    fixed: dict[str, Any] = (
+        {"aux_logits": False, "init_weights": True} if short in ("googlenet", "inception_v3") else {}
+    )
+    if "weights_backbone" in inspect.signature(torchvision.models.get_model_builder(short)).parameters:
+        fixed["weights_backbone"] = None  # by default they would be downloaded
     try:
         model: nn.Module = torchvision.models.get_model(short, **{"weights": None, **fixed, **kwargs})
     except NotImplementedError:

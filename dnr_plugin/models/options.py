@@ -18,7 +18,7 @@ from dnr_plugin.recipe.sections import ModelOptions
 NETWORK_OPTIONS = ("width", "stem", "hidden")  # of some built-in networks
 ACTIVATION_OPTIONS = ("activation", "negative_slope")  # of every network
 # num_classes has an option of its own; the others would fetch weights or print about it.
-_RESERVED = ("num_classes", "weights", "pretrained", "progress")
+_RESERVED = ("num_classes", "weights", "weights_backbone", "pretrained", "progress")
 
 
 def model_names() -> list[str]:
@@ -45,14 +45,18 @@ def _name_problems(name: str) -> list[str]:
     if ":" in name:
         return []
     if name.startswith("torchvision."):
-        known = [f"torchvision.{known}" for known in torchvision_names()]
+        known = [f"torchvision.{known}" for known in torchvision_names(every=True)]
         if name in known:
             return []
         names = ", ".join(known)
         return [f"model.name: expected one of {names}, found {name!r}{did_you_mean(name, known)}"]
     if name in BUILTIN:
         return []
-    near = f"; did you mean 'torchvision.{name}'?" if name in torchvision_names() else did_you_mean(name, BUILTIN)
+    near = (
+        f"; did you mean 'torchvision.{name}'?"
+        if name in torchvision_names(every=True)
+        else did_you_mean(name, BUILTIN)
+    )
     return [
         f"model.name: expected one of {', '.join(BUILTIN)}, torchvision.NAME or module:function, found {name!r}{near}"
     ]

@@ -160,3 +160,12 @@ def test_a_file_sets_plain_attributes_alone(module: str, key: str, value: Any, t
     (folder / ARCHITECTURE).write_text(json.dumps(architecture))
     with pytest.raises(InputError, match=rf"architecture\.json: does not fit usernets:Norm: .*{key}"):
         load_pruned(folder, allow_import=True)
+
+
+@pytest.mark.parametrize("name", ["lraspp_mobilenet_v3_large", "ssdlite320_mobilenet_v3_large"])
+def test_networks_for_segmentation_and_detection_are_built_by_name(name: str, tmp_path: Path) -> None:
+    builder = {"name": f"torchvision.{name}", "kwargs": {"num_classes": 3}}
+    model = rebuild(builder)
+    save_pruned(model, tmp_path)
+    loaded = load_pruned(tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), loaded.state_dict().values(), strict=True))
