@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from dnr_plugin.cli import bench_commands, recipe_commands, result_commands
-from dnr_plugin.cli.output import BAD_INPUT, FAILED, TARGET_MISSED
+from dnr_plugin.cli.output import BAD_INPUT, FAILED, TARGET_MISSED, TERMINATED
 from dnr_plugin.errors import InputError, RunError, TargetError
 
 
@@ -20,15 +23,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         0 done; 2 the input is wrong (one line per problem on stderr); 3 the target was not reached, what was reached is
-        saved; 1 anything else.
+        saved; 143 it was terminated (SIGTERM); 1 anything else, also where it was interrupted (SIGINT).
     """
-    arguments = _parser().parse_args(argv)
-    # what torch says about itself, and what the report says anyway
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
-    warnings.filterwarnings("ignore", message=".* is left alone")
     try:
-        code: int = arguments.command(arguments)
-        return code
+        with _terminable(), warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            # what torch says about itself, and what the report says anyway
+            warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
+            warnings.filterwarnings("ignore", message=".* is left alone")
+            arguments = _parser().parse_args(argv)
+            code: int = arguments.command(arguments)
+            return code
     except InputError as error:
         for problem in error.problems:
             print(f"dnr: {problem}", file=sys.stderr)
@@ -39,6 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("dnr: interrupted; add --resume to go on after the last finished epoch", file=sys.stderr)
         return FAILED
+    except _Terminated:
+        print("dnr: terminated; add --resume to go on after the last finished epoch", file=sys.stderr)
+        return TERMINATED
     except OSError as error:
         print(f"dnr: {error}; with space and access restored, add --resume to go on", file=sys.stderr)
         return FAILED
@@ -47,11 +55,37 @@ def main(argv: Sequence[str] | None = None) -> int:
         return FAILED
 
 
+class _Terminated(BaseException):
+    """SIGTERM came. No ``except Exception`` on the way swallows it."""
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Lets SIGTERM end what runs inside as Ctrl-C does: files half written go, locks are let go of."""
+
+    def stop(number: int, frame: object) -> None:
+        raise _Terminated
+
+    if threading.current_thread() is not threading.main_thread():  # which alone may say what signals do
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before if before is not None else signal.SIG_DFL)
+
+
+def _show_warning(message: Warning | str, *args: object, **kwargs: object) -> None:
+    print(f"dnr: warning: {message}", file=sys.stderr)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="dnr",
         description="Compress convolutional networks by their dying neurons.",
-        epilog="Exit codes: 0 done; 2 the input is wrong; 3 the target was not reached (what was is saved); 1 other.",
+        epilog="Exit codes: 0 done; 2 the input is wrong; 3 the target was not reached (what was is saved); 143 "
+        "terminated; 1 other.",
     )
     from importlib.metadata import version
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from dnr_plugin.reports.table import Table
 
-DONE, FAILED, BAD_INPUT, TARGET_MISSED = 0, 1, 2, 3
+DONE, FAILED, BAD_INPUT, TARGET_MISSED, TERMINATED = 0, 1, 2, 3, 143
 
 
 def show(*parts: str | Table) -> None:

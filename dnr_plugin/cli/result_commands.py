@@ -8,7 +8,6 @@ from pathlib import Path
 
 from dnr_plugin.cli.arguments import Commands, command, takes_saved
 from dnr_plugin.cli.output import DONE, show
-from dnr_plugin.errors import InputError
 
 
 def register(commands: Commands) -> None:
@@ -35,17 +34,13 @@ def register(commands: Commands) -> None:
 def _report(arguments: argparse.Namespace) -> int:
     from dnr_plugin.reports.layer_report import layer_table, report_model
     from dnr_plugin.reports.run_report import facts, markdown, summary_table
+    from dnr_plugin.reports.stored import stored_report
 
     folder = Path(arguments.folder)
     if (folder / "report.json").is_file():
-        try:
-            report = json.loads((folder / "report.json").read_text())
-            tables = [summary_table(report), layer_table(report["layers"], "layers")]
-            notes, text = facts(report), markdown(report)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(
-                f"{folder / 'report.json'}: expected the report of a run, found damage: {error!r}"
-            ) from error
+        report = stored_report(folder / "report.json")
+        tables = [summary_table(report), layer_table(report["layers"], "layers")]
+        notes, text = facts(report), markdown(report)
     else:
         report, notes = report_model(folder, arguments.input, arguments.allow_import)
         tables = [layer_table(report["layers"], str(folder))]

@@ -6,6 +6,7 @@ name and arguments, what differs in each module's plain attributes, and the shap
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections import OrderedDict
@@ -19,14 +20,16 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from dnr_plugin.errors import InputError
-from dnr_plugin.files import atomic_write
+from dnr_plugin.files import atomic_write, read_json
 from dnr_plugin.network.attention import split_modules
 from dnr_plugin.network.calling import copied, eager
+from dnr_plugin.network.kinds import Convolution, Linear, TransposedConvolution, kind_of
 from dnr_plugin.network.splitting import split_named
 
 FORMAT = 1
 ARCHITECTURE, WEIGHTS = "architecture.json", "model.safetensors"
 _PLAIN = (bool, int, float, str, type(None))
+_HIGHEST, _LONGEST = 2.0**31, 4096  # of numbers in attributes, and of sequences of them
 
 
 def describe(
@@ -106,10 +109,7 @@ def build(architecture: Mapping[str, Any], allow_import: bool = False, *, fresh:
     """
     from dnr_plugin.models.build import rebuild
 
-    if architecture.get("format") != FORMAT or not isinstance(architecture.get("tensors"), dict):
-        raise InputError(
-            f"{ARCHITECTURE}: expected a description of format {FORMAT}, found {architecture.get('format')}"
-        )
+    _check_format(architecture)
     model = fresh or rebuild(architecture["builder"], allow_import)
     _materialise(model)
     lists = architecture.get("lists", {})
@@ -124,12 +124,21 @@ def build(architecture: Mapping[str, Any], allow_import: bool = False, *, fresh:
         for name, tensor in architecture["tensors"].items():
             owner, _, key = name.rpartition(".")
             _set_tensor(modules[owner], key, tensor["shape"], getattr(torch, tensor["dtype"]))
+        _check_widths(modules)
         if "frozen" in architecture:
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(name not in architecture["frozen"])
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError) as error:
         raise InputError(f"{ARCHITECTURE}: does not fit {architecture['builder'].get('name')}: {error!r}") from error
     return model
+
+
+def _check_format(architecture: Mapping[str, Any]) -> None:
+    kinds = {"builder": dict, "modules": dict, "tensors": dict}
+    if architecture.get("format") != FORMAT or any(not isinstance(architecture.get(k), t) for k, t in kinds.items()):
+        raise InputError(
+            f"{ARCHITECTURE}: expected a description of format {FORMAT}, found {architecture.get('format')!r}"[:300]
+        )
 
 
 def save_pruned(model: nn.Module, folder: str | os.PathLike[str], builder: Mapping[str, Any] | None = None) -> None:
@@ -153,12 +162,12 @@ def write_saved(model: nn.Module, folder: str | os.PathLike[str], architecture: 
 
     # shared tensors are written once for each name: safetensors refuses views of the same memory
     tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in _state(model)[0].items()}
-    folder = Path(folder)
+    folder, weights = Path(folder), save(tensors)
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_write(folder / WEIGHTS, "wb") as file:
-        file.write(save(tensors))
+        file.write(weights)
     with atomic_write(folder / ARCHITECTURE) as file:
-        json.dump(architecture, file, indent=1)
+        json.dump({**architecture, "sha256": hashlib.sha256(weights).hexdigest()}, file, indent=1)
 
 
 def load_pruned(folder: str | os.PathLike[str], allow_import: bool = False) -> nn.Module:
@@ -176,22 +185,52 @@ def load_pruned(folder: str | os.PathLike[str], allow_import: bool = False) -> n
         InputError: a file is missing, damaged or does not fit the other.
     """
     from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    from safetensors.torch import load
 
     folder = Path(folder)
     for name in (ARCHITECTURE, WEIGHTS):
         if not (folder / name).is_file():
             raise InputError(f"{folder}: expected a folder with {ARCHITECTURE} and {WEIGHTS}, found no {name}")
+    architecture = read_json(folder / ARCHITECTURE)
     try:
-        architecture = json.loads((folder / ARCHITECTURE).read_text(encoding="utf-8"))
-        tensors = load_file(folder / WEIGHTS)
-    except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
+        weights = (folder / WEIGHTS).read_bytes()
+        tensors = load(weights)
+    except OSError as error:
+        raise InputError(f"{folder / WEIGHTS}: cannot be read: {error.strerror or error}") from error
+    except (SafetensorError, ValueError, KeyError) as error:
         raise InputError(f"{folder}: expected files that save_pruned wrote, found damage: {error}") from error
     if not isinstance(architecture, dict):
         raise InputError(f"{folder / ARCHITECTURE}: expected a mapping, found {type(architecture).__name__}")
+    _check_belongs(architecture, tensors, weights, folder)
     model = build(architecture, allow_import)
     _load_tensors(model, tensors, str(folder), architecture)
     return model.eval()
+
+
+def _check_belongs(
+    architecture: Mapping[str, Any], tensors: Mapping[str, Tensor], weights: bytes, folder: Path
+) -> None:
+    """Refuses weights that are not those of the architecture, before anything of its sizes is made.
+
+    Raises:
+        InputError: in one line.
+    """
+    _check_format(architecture)
+    digest = hashlib.sha256(weights).hexdigest()
+    if architecture.get("sha256", digest) != digest:  # files of earlier versions have none
+        raise InputError(
+            f"{folder / WEIGHTS}: expected what {ARCHITECTURE} was written with, found other bytes: one of the two is "
+            "damaged, or of another model"
+        )
+    listed = architecture["tensors"]
+    if listed.keys() != tensors.keys():
+        raise InputError(f"{folder / ARCHITECTURE}: expected the tensors of {WEIGHTS}, found others")
+    for name, tensor in tensors.items():
+        stored = {"shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")}
+        if listed[name] != stored:
+            raise InputError(
+                f"{folder / ARCHITECTURE}: {name}: expected {stored}, as {WEIGHTS} has it, found {listed[name]!r}"[:300]
+            )
 
 
 def _load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], where: str, architecture: Mapping[str, Any]) -> None:
@@ -266,6 +305,33 @@ def _check_attribute(module: nn.Module, key: str, value: Any) -> None:
     for kinds in ((bool, int, float), (str,)):  # a size may become a sequence of sizes, and None anything
         if isinstance(before, kinds) and not isinstance(value, (*kinds, list, type(None))):
             raise TypeError(f"{key} of {type(module).__name__} is a {type(before).__name__}, found {value!r}")
+    numbers = [item for item in (value if isinstance(value, list) else [value]) if isinstance(item, int | float)]
+    if not all(abs(number) <= _HIGHEST for number in numbers) or len(numbers) > _LONGEST:  # NaN neither
+        raise TypeError(f"{key} of {type(module).__name__} is out of range: {value!r}"[:200])
+
+
+def _check_widths(modules: Mapping[str, nn.Module]) -> None:
+    """Refuses layers that say another number of channels than their weights have.
+
+    Raises:
+        ValueError: in words.
+    """
+    for name, module in modules.items():
+        kind, weight = kind_of(module), module._parameters.get("weight")
+        (inputs, outputs), groups = kind.channels, getattr(kind.module, "groups", 1)
+        expected: tuple[int, ...]
+        if not kind.stock or weight is None or not outputs:
+            continue
+        if isinstance(kind, TransposedConvolution):
+            expected, found = (inputs, outputs // groups), weight.shape[:2]
+        elif isinstance(kind, Convolution):
+            expected, found = (outputs, inputs // groups), weight.shape[:2]
+        elif isinstance(kind, Linear):
+            expected, found = (outputs, inputs), weight.shape
+        else:  # norms
+            expected, found = (outputs,), weight.shape[-1:]
+        if tuple(found) != expected:
+            raise ValueError(f"{name} says {expected} channels, its weights have {tuple(found)}")
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
@@ -308,7 +374,7 @@ def saved_model(folder: Path, shape: str | None, allow_import: bool) -> tuple[nn
     from dnr_plugin.models.examples import check_forward
 
     model = load_pruned(folder, allow_import)
-    builder = json.loads((folder / ARCHITECTURE).read_text(encoding="utf-8"))["builder"]
+    builder = read_json(folder / ARCHITECTURE)["builder"]
     kwargs = builder["kwargs"]
     given = shape or f"{kwargs.get('in_channels', 3)}x" + "x".join([str(kwargs.get("image_size", 224))] * 2)
     try:

@@ -14,9 +14,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from dnr_plugin.errors import InputError
-from dnr_plugin.files import inside
+from dnr_plugin.files import inside, read_json
 from dnr_plugin.recipe.difference import leaves
 from dnr_plugin.recipe.schema import Recipe
+from dnr_plugin.reports.stored import stored_events, stored_report
 
 # Options that change no result: two runs that differ in nothing else are runs of the same thing.
 _NAMES_ONLY = ("name", "description", "data.root", "data.download", "data.workers")
@@ -153,7 +154,9 @@ def _runs_in(folder: Path) -> list[Path]:
     if not index.is_file():
         return [folder]
     try:
-        names = [run["folder"] for run in json.loads(index.read_text(encoding="utf-8"))["runs"]]
+        names = [run["folder"] for run in read_json(index)["runs"]]
+    except InputError:
+        raise
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{index}: expected the list of a sweep's runs, found damage: {error!r}"[:300]) from error
     listed = [folder / inside(folder, name, index) for name in names]
@@ -166,13 +169,13 @@ def _read(folder: Path, name: str) -> Run:
         what = "no report.json in it" if folder.is_dir() else "no such folder"
         raise InputError(f"compare: expected the folder of a finished run, found {folder} with {what}")
     events = folder / "events.jsonl"
+    report = stored_report(file)
+    values = {key: column.value(report) for key, column in COLUMNS.items()}
+    rows = stored_events(events) if events.is_file() else []
     try:
-        report = json.loads(file.read_text())
-        lines = events.read_text().splitlines() if events.is_file() else []
-        values = {key: column.value(report) for key, column in COLUMNS.items()}
-        return Run(name, str(folder), report, [json.loads(line) for line in lines], _options(report["recipe"]), values)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"compare: expected the report of a run in {folder}, found damage: {error!r}") from error
+        return Run(name, str(folder), report, rows, _options(report["recipe"]), values)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError(f"{file}: expected the report of a run, found a damaged recipe: {error!r}"[:300]) from error
 
 
 def _options(recipe: dict[str, Any]) -> dict[str, str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dnr_plugin.errors import InputError
-from dnr_plugin.files import atomic_write, check_writable
+from dnr_plugin.files import atomic_write, check_writable, contents
 from dnr_plugin.reports.comparison import COLUMNS, Comparison, Group, Run, show
 from dnr_plugin.reports.figures.drawing import save_figures
 from dnr_plugin.reports.html import html_images, html_items, html_page
@@ -106,8 +106,8 @@ def check_output(folder: Path) -> None:
     check_writable(folder)
     if folder.is_dir():
         ours = {folder / name for name in (*_FILES, "plots")}
-        other = [path for path in folder.iterdir() if path not in ours]
-        other += [path for path in folder.glob("plots/*") if path.name not in _plot_names()]
+        other = [path for path in contents(folder) if path not in ours]
+        other += [path for path in contents(folder / "plots") if path.name not in _plot_names()]
         if other:
             raise InputError(
                 f"--output: expected an empty folder or that of an earlier comparison, found {min(other)} in it"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from dnr_plugin.data.registry import load_data
 from dnr_plugin.devices import pick_device, to_device
 from dnr_plugin.errors import InputError, RunError
+from dnr_plugin.files import locked
 from dnr_plugin.models.activations.recording import activation_summary
 from dnr_plugin.models.saved import describe, write_saved
 from dnr_plugin.network.cost import latencies
@@ -22,7 +24,7 @@ from dnr_plugin.reports.run_report import write_report
 from dnr_plugin.runs.checks import check_ranks, check_recipe, check_sizes
 from dnr_plugin.runs.outcome import Measured, outcome
 from dnr_plugin.runs.removal_stage import TIMED, prune, timed_images
-from dnr_plugin.runs.run_folder import check_folder, check_space
+from dnr_plugin.runs.run_folder import check_folder, check_space, remove_checkpoints
 from dnr_plugin.runs.state import RunState, Track, quiet
 from dnr_plugin.runs.timetable import check_timetable
 from dnr_plugin.runs.training_stage import train
@@ -62,8 +64,8 @@ def run_recipe(
         return finished
     run = begun(recipe, folder, pick_device(device), track)
     check_space(folder, run.model)
-    try:
-        state = _train_dense(run, resume)
+    with _begun_in(folder, run, resume) as state:
+        state = _train_dense(run, state)
         if run.stage == "prune":
             with run.timed("prune"):
                 prune(run)
@@ -73,8 +75,21 @@ def run_recipe(
             state = None
         train(run, "finetune", state)
         return _finish(run)
-    except InputError as error:  # the folder has been written to by now
-        raise RunError(str(error)) from error
+
+
+@contextlib.contextmanager
+def _begun_in(folder: Path, run: RunState, resume: bool) -> Iterator[Mapping[str, Any] | None]:
+    """Keeps the folder to this run, and gives the state of an interrupted one.
+
+    Wrong input that shows inside shows too late: the folder has been written to by then.
+    """
+    with locked(folder):
+        check_folder(folder, run.recipe, resume)  # as another process may have left it meanwhile
+        state = run.restore() if resume else None
+        try:
+            yield state
+        except InputError as error:
+            raise RunError(str(error)) from error
 
 
 def train_dense(recipe: Recipe, folder: Path, *, device: str = "auto", track: Track = quiet) -> RunState:
@@ -94,10 +109,8 @@ def train_dense(recipe: Recipe, folder: Path, *, device: str = "auto", track: Tr
     check_folder(folder, recipe, resume=True)
     run = begun(recipe, folder, pick_device(device), track)
     check_space(folder, run.model)
-    try:
-        _train_dense(run, resume=True)
-    except InputError as error:
-        raise RunError(str(error)) from error
+    with _begun_in(folder, run, resume=True) as state:
+        _train_dense(run, state)
     return run
 
 
@@ -115,11 +128,9 @@ def begun(recipe: Recipe, folder: Path, device: torch.device, track: Track) -> R
     return RunState(prepared, data, folder, device, track)
 
 
-def _train_dense(run: RunState, resume: bool) -> Mapping[str, Any] | None:
+def _train_dense(run: RunState, state: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
     """Everything up to the removal; returns the state of an interrupted stage that comes later."""
-    run.folder.mkdir(parents=True, exist_ok=True)
     write_recipe(run.recipe, run.folder / "recipe.yaml")
-    state = run.restore() if resume else None
     # as of the checkpoint: what a killed epoch wrote after it will be written again
     run.write_events("" if state is None else state["events"])
     run.describe()
@@ -146,7 +157,7 @@ def _finish(run: RunState) -> dict[str, Any]:
     report = outcome(run.recipe, run.device, run.dense, now, run.results, events, measured)
     write_saved(run.model, run.folder, describe(run.model, fresh=run.untouched))
     write_report(run.folder, report, events)
-    (run.folder / "checkpoint.pt").unlink(missing_ok=True)
+    remove_checkpoints(run.folder)
     return report
 
 

@@ -3,46 +3,88 @@
 from __future__ import annotations
 
 import io
-import json
-import os
 import shutil
+import warnings
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dnr_plugin.errors import InputError
-from dnr_plugin.files import atomic_write, check_writable, existing_folder
+from dnr_plugin.files import atomic_write, check_writable, contents, existing_folder
 from dnr_plugin.recipe.difference import differing_fields
 from dnr_plugin.recipe.load import load_recipe
 from dnr_plugin.recipe.schema import Recipe
 from dnr_plugin.recipe.sections import PruneOptions
+from dnr_plugin.reports.stored import stored_report
+
+CHECKPOINT, BEFORE = "checkpoint.pt", "checkpoint.previous.pt"
+_KEYS = {
+    "stage": str, "epoch": int, "results": dict, "events": str, "architecture": str, "model": dict, "random": Tensor,
+}  # fmt: skip
 
 
-def save_checkpoint(state: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
-    """Writes the state of an interrupted run: tensors and plain values only, atomically."""
+def save_checkpoint(state: Mapping[str, Any], folder: Path) -> None:
+    """Writes the state of an interrupted run: tensors and plain values only, atomically; keeps the one before it."""
     packed = io.BytesIO()  # torch.save hides a full disk behind an error of its own
     torch.save(dict(state), packed)
-    with atomic_write(path, "wb") as file:
+    with atomic_write(folder / CHECKPOINT, "wb", before=folder / BEFORE) as file:
         file.write(packed.getbuffer())
 
 
-def load_checkpoint_state(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Reads what `save_checkpoint` wrote, running no code from it.
+def remove_checkpoints(folder: Path) -> None:
+    """Once they are not needed any more."""
+    for name in (BEFORE, CHECKPOINT):
+        (folder / name).unlink(missing_ok=True)
+
+
+def interrupted(folder: Path) -> bool:
+    """Whether a run in the folder left a checkpoint."""
+    return any((folder / name).is_file() for name in (CHECKPOINT, BEFORE))
+
+
+def load_checkpoint_state(folder: Path) -> dict[str, Any] | None:
+    """Reads what `save_checkpoint` wrote last, or before where that is damaged, which is said; runs no code from it.
+
+    Returns:
+        None where there is no checkpoint.
 
     Raises:
-        InputError: the file is damaged.
+        InputError: all that there is is damaged.
     """
+    files = [path for name in (CHECKPOINT, BEFORE) if (path := folder / name).is_file()]
+    errors = []
+    for file in files:
+        try:
+            state = _checkpoint_of(file)
+        except InputError as error:
+            errors.append(error)
+            continue
+        if errors:
+            warnings.warn(f"{errors[0]}; going on from the one before it, {file.name}", stacklevel=2)
+        return state
+    if errors:
+        raise InputError(f"{errors[0]}; delete {folder} or name another folder, and run without --resume")
+    return None
+
+
+def _checkpoint_of(file: Path) -> dict[str, Any]:
+    damaged = f"{file}: expected the checkpoint of a run, found a damaged file"
     try:
-        state = torch.load(path, weights_only=True, map_location="cpu")
+        with zipfile.ZipFile(file) as archive:
+            flipped = archive.testzip()  # torch reads on where a checksum does not fit
+        state = torch.load(file, weights_only=True, map_location="cpu") if flipped is None else None
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read: {error.strerror or error}") from error
     except Exception as error:  # damage shows as a dozen types
-        raise InputError(
-            f"{path}: expected the checkpoint of a run, found a damaged file ({type(error).__name__})"
-        ) from error
-    if not isinstance(state, dict):
-        raise InputError(f"{path}: expected the checkpoint of a run, found {type(state).__name__}")
+        raise InputError(f"{damaged} ({type(error).__name__})") from error
+    if flipped is not None:
+        raise InputError(f"{damaged} (the checksum of {flipped})")
+    if not isinstance(state, dict) or any(type(state.get(key)) is not kind for key, kind in _KEYS.items()):
+        raise InputError(f"{damaged} (it holds something else)")
     return state
 
 
@@ -53,7 +95,7 @@ def check_folder(folder: Path, recipe: Recipe, resume: bool) -> dict[str, Any] |
         InputError: see the messages.
     """
     check_writable(folder)
-    if not folder.is_dir() or not any(folder.iterdir()):
+    if not contents(folder):
         return None
     saved = folder / "recipe.yaml"
     if not saved.is_file():
@@ -61,7 +103,7 @@ def check_folder(folder: Path, recipe: Recipe, resume: bool) -> dict[str, Any] |
     begun = load_recipe(saved)
     differing = differing_fields(begun, recipe)
     if resume:
-        free = _not_begun(folder / "checkpoint.pt", begun.prune.mode, recipe.prune.mode)
+        free = _not_begun(folder, begun.prune.mode, recipe.prune.mode)
         differing = [field for field in differing if not field.startswith(free)]
     if differing:
         shown = "; ".join(differing[:8]) + (f" and {len(differing) - 8} more" if len(differing) > 8 else "")
@@ -71,17 +113,20 @@ def check_folder(folder: Path, recipe: Recipe, resume: bool) -> dict[str, Any] |
             f"--output: {folder} holds a run of this recipe already: add --resume to go on with it, or name another "
             "folder"
         )
-    if (folder / "checkpoint.pt").is_file() or not (folder / "report.json").is_file():
+    if interrupted(folder) or not (folder / "report.json").is_file():
         return None
-    finished: dict[str, Any] = json.loads((folder / "report.json").read_text())
-    return finished
+    try:
+        return stored_report(folder / "report.json")
+    except InputError as error:
+        anew = f"the run is finished: delete {folder} or name another folder to do it anew"
+        raise InputError(f"{error}; {anew}") from error
 
 
-def _not_begun(path: Path, *modes: str) -> tuple[str, ...]:
+def _not_begun(folder: Path, *modes: str) -> tuple[str, ...]:
     """Sections of a recipe that an interrupted run has not come to, so that they may still be changed."""
-    if not path.is_file():
+    state = load_checkpoint_state(folder)
+    if state is None:
         return ()
-    state = load_checkpoint_state(path)
     if state["stage"] in ("train", "prune"):
         # while it trains, the neurons are watched as prune.observe and prune.dynamics say, and in mode dynamic removed
         begun = {"mode", "dynamics"} | ({"observe"} if state["stage"] == "train" else set())

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from dnr_plugin.data.images import Data
 from dnr_plugin.devices import to_device
-from dnr_plugin.files import atomic_write
+from dnr_plugin.errors import InputError, first_line
+from dnr_plugin.files import atomic_write, read_json_lines
 from dnr_plugin.models.saved import build, describe
 from dnr_plugin.observation.history import NeuronHistory
 from dnr_plugin.pruning.layers import Limits
@@ -106,7 +107,7 @@ class RunState:
             file.write(json.dumps(event) + "\n")
 
     def read_events(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self.events.read_text().splitlines()]
+        return read_json_lines(self.events)
 
     def write_events(self, text: str) -> None:
         with atomic_write(self.events) as file:
@@ -131,19 +132,24 @@ class RunState:
             state["schedule"] = trainer.schedule.state_dict()
             if trainer.dynamics is not None:
                 state["dynamics"] = trainer.dynamics.state_dict()
-        save_checkpoint(state, self.folder / "checkpoint.pt")
+        save_checkpoint(state, self.folder)
 
     def restore(self) -> dict[str, Any] | None:
         """Goes back to the last checkpoint, and returns it; None where there is none."""
-        path = self.folder / "checkpoint.pt"
-        if not path.is_file():
+        state = load_checkpoint_state(self.folder)
+        if state is None:
             return None
-        state = load_checkpoint_state(path)
-        self.stage, self.epoch, self.results = state["stage"], state["epoch"], Results.of_plain(state["results"])
-        histories = state.get("histories", {})  # those of 0.1.0's first checkpoints are not there
-        self.histories = {name: NeuronHistory.from_state_dict(past) for name, past in histories.items()}
-        model: nn.Module = build(json.loads(state["architecture"]), fresh=copy.deepcopy(self.untouched))
-        model.load_state_dict(state["model"])
+        try:
+            self.stage, self.epoch, self.results = state["stage"], state["epoch"], Results.of_plain(state["results"])
+            histories = state.get("histories", {})  # those of 0.1.0's first checkpoints are not there
+            self.histories = {name: NeuronHistory.from_state_dict(past) for name, past in histories.items()}
+            model: nn.Module = build(json.loads(state["architecture"]), fresh=copy.deepcopy(self.untouched))
+            model.load_state_dict(state["model"])
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, RecursionError) as error:
+            raise InputError(
+                f"{self.folder}: expected the checkpoint of this run, found another: {first_line(error)}; delete the "
+                "folder or name another, and run without --resume"
+            ) from error
         self.model = to_device(model, self.device)
         return state
 

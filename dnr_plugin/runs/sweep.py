@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from dnr_plugin.devices import pick_device
 from dnr_plugin.errors import InputError, RunError, TargetError
-from dnr_plugin.files import atomic_write, check_writable, inside
+from dnr_plugin.files import atomic_write, check_writable, contents, inside, locked, read_json
 from dnr_plugin.recipe.load import located, write_recipe
 from dnr_plugin.recipe.schema import Recipe
 from dnr_plugin.reports.comparison import SWEEP, compare_runs
@@ -22,7 +22,7 @@ from dnr_plugin.reports.comparison_report import check_output, write_comparison
 from dnr_plugin.runs.checks import check_ranks, check_recipe
 from dnr_plugin.runs.combinations import Planned, combine, raise_wrong, with_folders
 from dnr_plugin.runs.run import run_recipe, train_dense
-from dnr_plugin.runs.run_folder import check_folder
+from dnr_plugin.runs.run_folder import CHECKPOINT, check_folder
 from dnr_plugin.runs.state import Track
 
 
@@ -102,7 +102,12 @@ def run_sweep(
     runs = with_folders(combinations, _earlier(folder, resume), folder)
     _check(runs, folder, path, overrides, track)
     check_output(folder / "compare")
-    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder):
+        _earlier(folder, resume)  # as another process may have left it meanwhile
+        return _run_all(runs, folder, device, track, say)
+
+
+def _run_all(runs: Sequence[Planned], folder: Path, device: str, track: Track, say: Callable[[str], None]) -> Outcome:
     _write_index(runs, folder)
     outcome = Outcome(folder)
     trained: dict[str, str] = {}  # dense folders, with the reason where that failed
@@ -146,7 +151,7 @@ def _earlier(folder: Path, resume: bool) -> list[Planned]:
         InputError: the folder may not be written to, or holds something else.
     """
     check_writable(folder)
-    if not folder.is_dir() or not any(folder.iterdir()):
+    if not contents(folder):
         return []
     index = folder / SWEEP
     if not index.is_file():
@@ -158,7 +163,7 @@ def _earlier(folder: Path, resume: bool) -> list[Planned]:
             f"--output: {folder} holds a sweep already: add --resume to go on with it, or name another folder"
         )
     try:
-        listed = json.loads(index.read_text(encoding="utf-8"))["runs"]
+        listed = read_json(index)["runs"]
         for run in listed:
             for name in (run["folder"], *([] if run["dense"] is None else [run["dense"]])):
                 inside(folder, name, index)
@@ -196,6 +201,6 @@ def _train_dense(recipe: Recipe, folder: Path, device: str, track: Track) -> str
 def _begin(recipe: Recipe, folder: Path, dense: Path) -> None:
     """Makes the folder of a run that was interrupted between training and removal."""
     folder.mkdir(exist_ok=True)
-    with (dense / "checkpoint.pt").open("rb") as source, atomic_write(folder / "checkpoint.pt", "wb") as file:
+    with (dense / CHECKPOINT).open("rb") as source, atomic_write(folder / CHECKPOINT, "wb") as file:
         shutil.copyfileobj(source, file)
     write_recipe(recipe, folder / "recipe.yaml")  # last: with it the folder is that of a run

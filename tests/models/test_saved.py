@@ -24,7 +24,7 @@ from dnr_plugin.pruning.layers import Limits
 from dnr_plugin.pruning.plan import plan_removal
 from dnr_plugin.pruning.removal import prune_neurons
 from dnr_plugin.recipe.sections import ModelOptions
-from dnr_plugin.runs.run_folder import load_checkpoint_state, save_checkpoint
+from dnr_plugin.runs.run_folder import load_checkpoint_state
 
 
 def _pruned(model: nn.Module, size: int = 32) -> nn.Module:
@@ -124,10 +124,19 @@ def test_modes_flags_and_buffers_survive(tmp_path: Path) -> None:
         (lambda folder: (folder / "model.safetensors").write_bytes(b"\x00" * 5), "found damage"),
         (
             lambda folder: _edit(folder, lambda a: a["tensors"]["conv1.weight"].update(shape=[1, 3, 3, 3])),
-            "does not fit",
+            "as model.safetensors has it",
         ),
         (lambda folder: _edit(folder, lambda a: a["modules"].update(nowhere={"in_channels": 3})), "does not fit"),
-        (lambda folder: _edit(folder, lambda a: a["tensors"]["conv1.weight"].update(dtype="nn")), "does not fit"),
+        (
+            lambda folder: _edit(folder, lambda a: a["tensors"]["conv1.weight"].update(dtype="nn")),
+            "conv1.weight: expected",
+        ),
+        (lambda folder: _edit(folder, lambda a: a["tensors"].pop("conv1.weight")), "found others"),
+        (lambda folder: _flip(folder / "model.safetensors"), "found other bytes"),
+        (lambda folder: _edit(folder, lambda a: a["modules"].update(conv1={"out_channels": 3})), "says"),
+        (lambda folder: _edit(folder, lambda a: a["modules"].update(conv1={"stride": [10**12, 1]})), "out of range"),
+        (lambda folder: _edit(folder, lambda a: a.update(split_attention=["conv1"])), "no attention that can be split"),
+        (lambda folder: (folder / "architecture.json").write_text("[" * 100_000), "found damage"),
         (lambda folder: _edit(folder, lambda a: a["builder"].update(name="os:system")), "would run its code"),
     ],
 )
@@ -137,6 +146,13 @@ def test_damaged_files_are_refused_in_one_line(tmp_path: Path, damage: Any, mess
     with pytest.raises(InputError, match=message) as caught:
         load_pruned(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def _flip(file: Path) -> None:
+    """One bit of the last tensor."""
+    content = bytearray(file.read_bytes())
+    content[-7] ^= 4
+    file.write_bytes(content)
 
 
 def _edit(folder: Path, change: Any) -> None:
@@ -158,10 +174,8 @@ def test_a_checkpoint_runs_no_code(tmp_path: Path) -> None:
 
     torch.save({"stage": Evil()}, tmp_path / "checkpoint.pt")
     with pytest.raises(InputError, match="damaged"):
-        load_checkpoint_state(tmp_path / "checkpoint.pt")
+        load_checkpoint_state(tmp_path)
     assert not (tmp_path / "ran").exists()
-    save_checkpoint({"stage": "train", "x": torch.ones(2)}, tmp_path / "checkpoint.pt")
-    assert load_checkpoint_state(tmp_path / "checkpoint.pt")["stage"] == "train"
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_rubbish(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dnr_plugin import load_pruned, prune_neurons, save_pruned
 from dnr_plugin.errors import InputError
+from dnr_plugin.models.build import rebuild
 from dnr_plugin.models.saved import ARCHITECTURE
 
 X = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -168,4 +169,6 @@ def test_networks_for_segmentation_and_detection_are_built_by_name(name: str, tm
     model = rebuild(builder)
     save_pruned(model, tmp_path)
     loaded = load_pruned(tmp_path)
-    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), loaded.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.state_dict().values(), loaded.state_dict().values(), strict=True)
+    )

@@ -10,6 +10,7 @@ import contextlib
 import copy
 import itertools
 import json
+import math
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,7 +28,7 @@ from dnr_plugin.benchmarks.testbed import Ground, dense_folder, recalibration_im
 from dnr_plugin.data.registry import data_shape
 from dnr_plugin.devices import device_name, pick_device
 from dnr_plugin.errors import InputError, first_line
-from dnr_plugin.files import atomic_write, check_writable
+from dnr_plugin.files import atomic_write, check_writable, contents, read_json_lines
 from dnr_plugin.models.build import build_model
 from dnr_plugin.models.examples import example_image
 from dnr_plugin.network.splitting import split_attention
@@ -154,7 +155,7 @@ def _earlier(folder: Path, recipe: Recipe, resume: bool) -> dict[Key, Cell]:
         InputError: the folder may not be written to, holds something else, or the benchmark of another recipe.
     """
     check_writable(folder)
-    if not folder.is_dir() or not any(folder.iterdir()):
+    if not contents(folder):
         return {}
     file, saved = folder / _CELLS, folder / "recipe.yaml"
     if not file.is_file():
@@ -172,16 +173,31 @@ def _earlier(folder: Path, recipe: Recipe, resume: bool) -> dict[Key, Cell]:
         if differing:
             shown = "; ".join(differing[:8]) + (f" and {len(differing) - 8} more" if len(differing) > 8 else "")
             raise InputError(f"--output: {folder} holds a benchmark of another recipe (there, here): {shown}")
-    *lines, _ = file.read_text(encoding="utf-8").split("\n")  # what follows the last end of line was cut off by a kill
     cells: dict[Key, Cell] = {}
-    for number, line in enumerate(lines, 1):
+    for number, cell in enumerate(read_json_lines(file), 1):
         try:
-            cell = json.loads(line)
-            cells[_key(cell)] = cell
-            CRITERIA[cell["criterion"]], SCOPES.index(cell["scope"])
-        except (ValueError, KeyError, TypeError) as error:
+            cells[_key(cell)] = _checked_cell(cell)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{file}:{number}: expected a cell, found damage: {error!r}"[:300]) from error
     return cells
+
+
+def _checked_cell(cell: Cell) -> Cell:
+    """A cell with what tables and plots ask of it.
+
+    Raises:
+        ValueError, KeyError, TypeError, AttributeError: it has not.
+    """
+    CRITERIA[cell["criterion"]], SCOPES.index(cell["scope"])
+    numbers = [cell["level"], cell["dense_accuracy"], cell["seconds"], *cell["accuracy"].values()]
+    if cell["kept"] is not None:
+        numbers.append(cell["kept"])
+    for number in numbers:
+        if isinstance(number, bool) or not math.isfinite(number) or number < 0:
+            raise ValueError(f"{number!r}")
+    if type(cell["seed"]) is not int or not isinstance(cell["reason"], str | None):
+        raise TypeError("seed or reason")
+    return cell
 
 
 def _key(cell: Mapping[str, Any]) -> Key:

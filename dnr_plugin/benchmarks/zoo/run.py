@@ -18,7 +18,7 @@ from dnr_plugin.benchmarks.zoo.networks import Entry, chosen
 from dnr_plugin.benchmarks.zoo.row import try_network
 from dnr_plugin.devices import device_name, versions
 from dnr_plugin.errors import InputError, RunError, first_line
-from dnr_plugin.files import atomic_write, check_writable
+from dnr_plugin.files import atomic_write, check_writable, read_json
 from dnr_plugin.reports.table import Table
 from dnr_plugin.runs.state import Track
 
@@ -84,8 +84,10 @@ def _rows_of(file: Path, resume: bool) -> dict[str, dict[str, Any]]:
     if not resume:
         raise InputError(f"--output: expected a folder without {_FILE}, or --resume, found {file}")
     try:
-        rows = json.loads(file.read_text())["networks"]
+        rows = read_json(file)["networks"]
         return {str(name): {"outcome": str(row["outcome"]), **row} for name, row in rows.items()}
+    except InputError:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{file}: expected the rows of a zoo, found damage: {error!r}") from error
 
