@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from pathlib import Path
 
@@ -39,6 +40,29 @@ def to_device(model: nn.Module, device: torch.device) -> nn.Module:
     if device.type == "cuda":
         return model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
     return model.to(device)
+
+
+def memory() -> int:
+    """Bytes of main memory; 2^63 where the system does not tell."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # Windows has no sysconf
+        return 2**63
+
+
+def check_memory(needed: float, field: str, what: str) -> None:
+    """Refuses what does not fit into main memory, before it is made.
+
+    Args:
+        needed: bytes.
+        field: of the recipe.
+        what: needs them, in words.
+    """
+    if needed > memory():
+        raise InputError(
+            f"{field}: expected what fits into the memory of {memory() / 2**30:.0f} GiB, found {what}, which take "
+            f"{needed / 2**30:.0f} GiB"
+        )
 
 
 def device_name(device: torch.device) -> str:

@@ -36,7 +36,10 @@ def show(*parts: str | Table) -> None:
 def track(items: Iterable[Any], total: int, what: str) -> Iterable[Any]:
     """A progress bar on a terminal, nothing elsewhere."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.progress import track
 
-    console = Console(stderr=True)
-    return track(items, description=what, total=total, console=console, transient=True, disable=not console.is_terminal)
+    console = Console(stderr=True, emoji=False)
+    return track(
+        items, description=escape(what), total=total, console=console, transient=True, disable=not console.is_terminal
+    )

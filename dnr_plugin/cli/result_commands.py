@@ -35,6 +35,7 @@ def _report(arguments: argparse.Namespace) -> int:
     from dnr_plugin.reports.layer_report import layer_table, report_model
     from dnr_plugin.reports.run_report import facts, markdown, summary_table
     from dnr_plugin.reports.stored import stored_report
+    from dnr_plugin.reports.table import markdown_items
 
     folder = Path(arguments.folder)
     if (folder / "report.json").is_file():
@@ -44,7 +45,7 @@ def _report(arguments: argparse.Namespace) -> int:
     else:
         report, notes = report_model(folder, arguments.input, arguments.allow_import)
         tables = [layer_table(report["layers"], str(folder))]
-        text = "\n".join([*layer_table(report["layers"]).markdown(), "", *(f"- {note}" for note in notes)])
+        text = "\n".join([*layer_table(report["layers"]).markdown(), "", *markdown_items(notes)])
     if arguments.format == "json":
         show(json.dumps(report, indent=1))
     elif arguments.format == "markdown":

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
+import torch
 from pydantic import ValidationError
 from torch import nn
 
+from dnr_plugin.devices import check_memory
 from dnr_plugin.errors import InputError
 from dnr_plugin.models.activations.replacing import apply_spec, replace_activations
 from dnr_plugin.models.foreign import build_torchvision, build_user, shortened, takes_num_classes, user_function
@@ -17,6 +20,7 @@ from dnr_plugin.models.options import ACTIVATION_OPTIONS, NETWORK_OPTIONS, check
 from dnr_plugin.models.state_dicts import load_checkpoint
 from dnr_plugin.recipe.sections import ModelOptions
 
+_COPIES = 4  # of the weights: gradients, momentum, and the model as it was built
 _SIZES = ("num_classes", "in_channels", "image_size")
 
 
@@ -54,11 +58,11 @@ def build_model(options: ModelOptions, num_classes: int, in_channels: int = 3, i
         if in_channels != 3:
             raise InputError(f"model.name: expected images of 3 channels for {name}, found {in_channels}")
         kwargs = {**options.kwargs, "num_classes": num_classes}
-        model = build_torchvision(name, kwargs)
+        model = _fitting(partial(build_torchvision, name, kwargs))
     else:
         kwargs = {"num_classes": num_classes, "in_channels": in_channels, "image_size": image_size}
         given = {key: value for key in NETWORK_OPTIONS if (value := getattr(options, key)) is not None}
-        model = BUILTIN[name](**kwargs, **given, activation=chosen_activation(options) or RELU)
+        model = _fitting(partial(BUILTIN[name], **kwargs, **given, activation=chosen_activation(options) or RELU))
         kwargs |= given | {key: value for key in ACTIVATION_OPTIONS if (value := getattr(options, key)) is not None}
     _remember(model, name, kwargs)
     chosen = chosen_activation(options)
@@ -70,6 +74,21 @@ def build_model(options: ModelOptions, num_classes: int, in_channels: int = 3, i
     if options.checkpoint is not None:
         load_checkpoint(model, options.checkpoint)
     return model
+
+
+def _fitting(make: Callable[[], nn.Module]) -> nn.Module:
+    """A network whose weights, with what training needs beside them, fit into the memory.
+
+    Raises:
+        InputError: they do not; it was not made.
+    """
+    try:
+        with torch.device("meta"):
+            parameters = sum(parameter.numel() for parameter in make().parameters())
+    except (NotImplementedError, RuntimeError):
+        parameters = 0  # the RegNets compute their widths with tensors
+    check_memory(_COPIES * 4 * parameters, "model", f"{parameters:.3g} parameters with gradients and momentum")
+    return make()
 
 
 def rebuild(spec: Mapping[str, Any], allow_import: bool = False) -> nn.Module:

@@ -64,7 +64,7 @@ def user_function(name: str) -> Callable[..., Any]:
     try:
         with _importable_here():
             module = importlib.import_module(module_name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         # The module itself or a package above it; an import that fails inside it is the module's own error.
         parents = [".".join(module_name.split(".")[: i + 1]) for i in range(module_name.count(".") + 1)]
         if isinstance(error, ModuleNotFoundError) and error.name in parents:
@@ -97,7 +97,7 @@ def build_user(name: str, kwargs: Mapping[str, Any]) -> nn.Module:
     try:
         with _importable_here():
             model = function(**kwargs)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise InputError(f"model.name: {name} raised {type(error).__name__}: {first_line(error)}") from error
     if not isinstance(model, nn.Module):
         raise InputError(f"model.name: expected a torch.nn.Module from {name}, it returned {shortened(model)}")

@@ -8,8 +8,10 @@ from dnr_plugin.recipe.sections import DataOptions, FinetuneOptions, ModelOption
 
 
 class Recipe(Section):
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="names the run and its folder")
-    description: str = Field(default="", description="one line, shown by `dnr recipes`")
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100, description="names the run and its folder"
+    )
+    description: str = Field(default="", max_length=1000, description="one line, shown by `dnr recipes`")
     seed: int = Field(default=0, ge=0, lt=2**32, description="of weights, order, augmentation, subsets and drawn data")
     model: ModelOptions = Field(description="the network")
     data: DataOptions = Field(description="the images")

@@ -13,6 +13,7 @@ from dnr_plugin.recipe.yaml_document import Document
 
 _SCHEMA = Recipe.model_json_schema()
 _KINDS = {"integer": "an integer", "number": "a number", "boolean": "true or false", "string": "text"}
+_FAR = 1000
 _BOUNDS = {"minimum": "of at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
 
 
@@ -33,8 +34,13 @@ def _option(path: Loc) -> dict[str, Any]:
     return option
 
 
-def _expected(option: dict[str, Any]) -> str:
-    """An option's type, alternatives and range in words."""
+def _expected(option: dict[str, Any], given: Any = None) -> str:
+    """An option's type, alternatives and range in words.
+
+    Args:
+        option: its schema.
+        given: what was found; bounds that are far beyond what anyone wants are told to those who exceed them.
+    """
     if "properties" in option:
         return f"a mapping of {', '.join(option['properties'])}"
     if "enum" in option:
@@ -44,8 +50,12 @@ def _expected(option: dict[str, Any]) -> str:
     if option["type"] == "array":
         count = f" of {option['minItems']} or more" if "minItems" in option else ""
         return f"a list{count}, each item {_expected(_resolve(option['items']))}"
+    if "maxLength" in option and isinstance(given, str) and len(given) > option["maxLength"]:
+        return f"text of at most {option['maxLength']} characters"
     if "pattern" in option:
         return f"text matching {option['pattern']}"
+    if option.get("maximum", 0) >= _FAR and not (isinstance(given, int | float) and given > option["maximum"]):
+        option = {key: value for key, value in option.items() if key != "maximum"}
     bounds = [
         f"{words} {int(option[key]) if option[key] == int(option[key]) else option[key]}"
         for key, words in _BOUNDS.items()
@@ -69,7 +79,7 @@ def problem_line(error: Any, document: Document) -> str:
     else:
         option, given = _option(path), error["input"]
         hint = did_you_mean(given, option["enum"]) if "enum" in option and isinstance(given, str) else ""
-        message = f"expected {_expected(option)}, found {as_found(given)}{hint}"
+        message = f"expected {_expected(option, given)}, found {as_found(given)}{hint}"
     return f"{document.location(path)}: {dotted_name(path)}: {message}"
 
 

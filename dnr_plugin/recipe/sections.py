@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from dnr_plugin.pruning.targets import Target, target_of
 
+_MOST = 10**9  # of images
 Schedule = Literal["constant", "cosine", "linear", "one_cycle"]
 
 
@@ -33,10 +34,10 @@ class ModelOptions(Section):
         "model; module:function for a builder of your own"
     )
     num_classes: int | None = Field(
-        default=None, ge=2, description="outputs; by default the number of classes in the data"
+        default=None, ge=2, le=1_000_000, description="outputs; by default the number of classes in the data"
     )
     width: int | None = Field(
-        default=None, ge=1, description="channels of the first stage of a built-in network (ResNet-18: 64)"
+        default=None, ge=1, le=65_536, description="channels of the first stage of a built-in network (ResNet-18: 64)"
     )
     stem: Literal["cifar", "imagenet"] | None = Field(
         default=None,
@@ -47,9 +48,11 @@ class ModelOptions(Section):
         description="replaces the activations between the layers of any network, modules and function calls, but not "
         "gates (sigmoid, softmax, ...); by default relu in built-in networks, and the others as they are",
     )
-    negative_slope: float | None = Field(default=None, ge=0.0, description="leaky_relu only; 0.01 by default")
-    hidden: list[Annotated[int, Field(ge=1)]] | None = Field(
-        default=None, min_length=1, description="mlp only: units of each hidden layer"
+    negative_slope: float | None = Field(
+        default=None, ge=0.0, le=1000.0, description="leaky_relu only; 0.01 by default"
+    )
+    hidden: list[Annotated[int, Field(ge=1, le=1_000_000)]] | None = Field(
+        default=None, min_length=1, max_length=1000, description="mlp only: units of each hidden layer"
     )
     kwargs: dict[str, Any] = Field(default={}, description="further arguments of a torchvision builder or of your own")
     checkpoint: str | None = Field(
@@ -64,19 +67,21 @@ class DataOptions(Section):
     root: str | None = Field(default=None, description="folder of the data set; needed by all but shapes")
     download: bool = Field(default=False, description="let torchvision download what is missing")
     train_size: int | None = Field(
-        default=None, ge=1, description="use this many training images, drawn by the seed; all by default"
+        default=None, ge=1, le=_MOST, description="use this many training images, drawn by the seed; all by default"
     )
     test_size: int | None = Field(
-        default=None, ge=1, description="use this many test images, drawn by the seed; all by default"
+        default=None, ge=1, le=_MOST, description="use this many test images, drawn by the seed; all by default"
     )
     image_size: int | None = Field(
-        default=None, ge=8, description="side of the images in pixels (imagefolder: 224, shapes: 32)"
+        default=None, ge=8, le=16_384, description="side of the images in pixels (imagefolder: 224, shapes: 32)"
     )
     augment: list[Literal["flip", "crop", "cutout"]] = Field(
         default=[],
         description="flip: mirror half; crop: pad by an eighth and crop; cutout: blank a square of half the side",
     )
-    workers: int | None = Field(default=None, ge=0, description="imagefolder only: processes that decode images; 2")
+    workers: int | None = Field(
+        default=None, ge=0, le=1024, description="imagefolder only: processes that decode images; 2"
+    )
 
     @model_validator(mode="after")
     def _each_once(self) -> DataOptions:
@@ -88,6 +93,7 @@ class DataOptions(Section):
 class BatchNormL1Options(Section):
     strength: float = Field(
         ge=0.0,
+        le=1e6,
         description="highest weight of the sum of the scales' magnitudes; counts as part of the loss, so it is "
         "clipped with it",
     )
@@ -97,6 +103,7 @@ class BatchNormL1Options(Section):
 class NoiseOptions(Section):
     std: float = Field(
         ge=0.0,
+        le=1e6,
         description="highest standard deviation, the same for every element of every gradient; drawn from "
         "seed, epoch and step alone, differently on CPU and GPU",
     )
@@ -120,17 +127,19 @@ class PressureOptions(Section):
 
 
 class TrainOptions(Section):
-    epochs: int = Field(ge=0, description="passes over the training images")
-    batch_size: int = Field(default=128, ge=2, description="images per step")
+    epochs: int = Field(ge=0, le=1_000_000, description="passes over the training images")
+    batch_size: int = Field(default=128, ge=2, le=_MOST, description="images per step")
     optimizer: Literal["sgd", "adam", "adamw"] = Field(default="sgd", description="torch.optim's")
-    lr: float = Field(default=0.1, gt=0.0, description="highest learning rate")
+    lr: float = Field(default=0.1, gt=0.0, le=1000.0, description="highest learning rate")
     momentum: float | None = Field(default=None, ge=0.0, lt=1.0, description="sgd only; 0.9 by default")
     nesterov: bool = Field(default=False, description="sgd only; needs momentum")
-    weight_decay: float = Field(default=5e-4, ge=0.0, description="on every parameter")
+    weight_decay: float = Field(default=5e-4, ge=0.0, le=1000.0, description="on every parameter")
     schedule: Schedule = _scheduled("learning rate", "lr", "cosine")
-    warmup_epochs: float = Field(default=0.0, ge=0.0, description="linear rise of the learning rate at the start")
+    warmup_epochs: float = Field(
+        default=0.0, ge=0.0, le=1e6, description="linear rise of the learning rate at the start"
+    )
     clip_norm: float | None = Field(
-        default=None, gt=0.0, description="largest norm of the gradient; no clipping by default"
+        default=None, gt=0.0, le=1e9, description="largest norm of the gradient; no clipping by default"
     )
     label_smoothing: float = Field(default=0.0, ge=0.0, lt=1.0, description="of the cross-entropy")
     amp: bool = Field(default=False, description="bfloat16 autocast; with channels_last, what a GPU wants")
@@ -150,7 +159,7 @@ class TrainOptions(Section):
 
 
 class FinetuneOptions(TrainOptions):
-    lr: float = Field(default=0.01, gt=0.0, description="highest learning rate")
+    lr: float = Field(default=0.01, gt=0.0, le=1000.0, description="highest learning rate")
 
 
 class TargetOptions(Section):
@@ -198,13 +207,18 @@ class ObserveOptions(Section):
     samples: int = Field(
         default=2048,
         ge=1,
+        le=_MOST,
         description="training images on which activations are read; after training not augmented",
     )
-    min_samples: int = Field(default=1536, ge=1, description="a neuron is judged dead on no fewer images than this")
-    share: float = Field(
-        default=0.125, gt=0.0, le=1.0, description="share of each batch that means, rates and histograms read"
+    min_samples: int = Field(
+        default=1536, ge=1, le=_MOST, description="a neuron is judged dead on no fewer images than this"
     )
-    threshold: float = Field(default=0.0, ge=0.0, description="a neuron fires where its activation exceeds this")
+    share: float = Field(
+        default=0.125, ge=1e-4, le=1.0, description="share of each batch that means, rates and histograms read"
+    )
+    threshold: float = Field(
+        default=0.0, ge=0.0, le=1e6, description="a neuron fires where its activation exceeds this"
+    )
     bins: int = Field(
         default=16, ge=2, le=64, description="bins of the activation histogram: one for silent, the others octaves"
     )
@@ -217,11 +231,16 @@ class ObserveOptions(Section):
 
 
 class DynamicsOptions(Section):
-    check_every: float = Field(default=1.0, gt=0.0, description="epochs from one check of the neurons to the next")
-    warmup_epochs: float = Field(default=1.0, ge=0.0, description="no neuron becomes a candidate before this epoch")
+    check_every: float = Field(
+        default=1.0, ge=1e-4, le=1e6, description="epochs from one check of the neurons to the next"
+    )
+    warmup_epochs: float = Field(
+        default=1.0, ge=0.0, le=1e6, description="no neuron becomes a candidate before this epoch"
+    )
     patience: int = Field(
         default=2,
         ge=0,
+        le=_MOST,
         description="checks that a candidate stays, zeroed but trained, before it is removed; 0: none; at the "
         "last check all go that a target needs",
     )
@@ -236,6 +255,7 @@ class DynamicsOptions(Section):
     margin: float = Field(
         default=2.0,
         ge=1.0,
+        le=1e6,
         description="a candidate that was alive is restored once it would stay even if this many times as much were to "
         "go; 1: as soon as another ranks below it",
     )
@@ -245,7 +265,7 @@ class DynamicsOptions(Section):
         le=1.0,
         description="share of train.epochs at which the target is met and removal ends; the rest fine-tunes",
     )
-    remove_at: list[Annotated[float, Field(gt=0.0)]] | None = Field(
+    remove_at: list[Annotated[float, Field(gt=0.0, le=1e6)]] | None = Field(
         default=None,
         min_length=1,
         description="remove only at the first check from each of these epochs on; by default at every check",
@@ -259,6 +279,7 @@ class DynamicsOptions(Section):
     dying_entropy: float | None = Field(
         default=None,
         gt=0.0,
+        le=1e6,
         description="a neuron whose activation histogram has at most this entropy (bits), and less than at the check "
         "before, is dying: a candidate like a dead one; by default only dead ones are",
     )
@@ -305,7 +326,10 @@ class PruneOptions(Section):
         "gave",
     )
     repair_samples: Annotated[int, _AFTER_TRAINING] = Field(
-        default=4096, ge=64, description="training images for it, augmented as in training; fewer where they are large"
+        default=4096,
+        ge=64,
+        le=_MOST,
+        description="training images for it, augmented as in training; fewer where they are large",
     )
     repair_pairs: Annotated[bool, _AFTER_TRAINING] = Field(
         default=False,
@@ -315,6 +339,7 @@ class PruneOptions(Section):
     prior: Annotated[float, _AFTER_TRAINING] = Field(
         default=0.0,
         ge=0.0,
+        le=1e6,
         description="after_training only: scores are multiplied with the share of checks at which a neuron was alive "
         "while the network trained, to this power; 0: its past does not count",
     )
@@ -322,7 +347,7 @@ class PruneOptions(Section):
         default=1, ge=1, le=1000, description="after_training only: observe and remove in this many equal steps"
     )
     round_to: Annotated[int | None, _REMOVING] = Field(
-        default=None, ge=2, description="keep a multiple of this many channels in every layer"
+        default=None, ge=2, le=65_536, description="keep a multiple of this many channels in every layer"
     )
     max_pruning_ratio: Annotated[float, _REMOVING] = Field(
         default=0.9, gt=0.0, le=1.0, description="largest share taken from one layer"
@@ -348,6 +373,7 @@ class PruneOptions(Section):
     recalibrate: Annotated[int | None, _AFTER_TRAINING] = Field(
         default=None,
         ge=0,
+        le=_MOST,
         description="after_training only: training images on which BatchNorm statistics are taken anew; 0: none; by "
         "default 2048 without repair, and none with it, which fits them as well",
     )

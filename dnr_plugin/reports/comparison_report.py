@@ -12,7 +12,7 @@ from dnr_plugin.reports.comparison import COLUMNS, Comparison, Group, Run, show
 from dnr_plugin.reports.figures.drawing import save_figures
 from dnr_plugin.reports.html import html_images, html_items, html_page
 from dnr_plugin.reports.layer_report import NOTE
-from dnr_plugin.reports.table import Table
+from dnr_plugin.reports.table import Table, markdown_items, plain_markdown
 
 _FILES = ("compare.json", "compare.md", "compare.html")
 
@@ -71,8 +71,8 @@ def notes(comparison: Comparison) -> list[str]:
 
 def markdown(comparison: Comparison) -> str:
     """The comparison as Markdown."""
-    lines = [f"# {title(comparison)}", "", *comparison_table(comparison).markdown()]
-    return "\n".join([*lines, "", *(f"- {note}" for note in notes(comparison))]) + "\n"
+    lines = [f"# {plain_markdown(title(comparison))}", "", *comparison_table(comparison).markdown()]
+    return "\n".join([*lines, "", *markdown_items(notes(comparison))]) + "\n"
 
 
 def as_json(comparison: Comparison) -> dict[str, Any]:

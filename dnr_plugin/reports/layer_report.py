@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from dnr_plugin.models.saved import saved_model
+from dnr_plugin.network.attention import split_modules
 from dnr_plugin.network.cost import FlopReport, flop_report
+from dnr_plugin.network.splitting import split_named
 from dnr_plugin.reports.table import Table
 
 NOTE = "FLOPs as fvcore counts them: one multiply-add is one FLOP; for one sample."
@@ -48,7 +50,9 @@ def report_model(folder: Path, shape: str | None, allow_import: bool) -> tuple[d
     from dnr_plugin.models.build import rebuild
 
     model, builder, example = saved_model(folder, shape, allow_import)
-    dense, pruned = flop_report(rebuild(builder, allow_import), example), flop_report(model, example)
+    whole = rebuild(builder, allow_import)
+    split_named(whole, list(split_modules(model)))
+    dense, pruned = flop_report(whole, example), flop_report(model, example)
     report: dict[str, Any] = {
         "builder": builder,
         "dense": {"params": dense.params, "flops": dense.flops},

@@ -13,7 +13,7 @@ from dnr_plugin.reports.figures.drawing import save_figures
 from dnr_plugin.reports.figures.run import RUN_CAPTIONS, run_figures
 from dnr_plugin.reports.html import html_images, html_items, html_page
 from dnr_plugin.reports.layer_report import NOTE, layer_table
-from dnr_plugin.reports.table import Table
+from dnr_plugin.reports.table import Table, markdown_items, plain_markdown
 
 
 def _percent(share: float | None) -> str:
@@ -130,7 +130,8 @@ def _value(value: Any) -> str:
 
 def markdown(report: Mapping[str, Any]) -> str:
     """The report as Markdown: summary, facts, layers."""
-    lines = [f"# {report['name']}", "", *summary_table(report).markdown(), "", *(f"- {fact}" for fact in facts(report))]
+    lines = [f"# {plain_markdown(report['name'])}", "", *summary_table(report).markdown()]
+    lines += ["", *markdown_items(facts(report))]
     return "\n".join([*lines, "", "## Layers", "", *layer_table(report["layers"]).markdown()]) + "\n"
 
 

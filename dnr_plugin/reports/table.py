@@ -4,19 +4,36 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-_BOLD = re.compile(r"\*\*(.+?)\*\*")
+_BOLD = re.compile("\x02(.+?)\x03")
+_CONTROL = re.compile("[\x00\x01\x04-\x08\x0b-\x1f\x7f]")  # would move the cursor, or colour what follows
+_MARKDOWN = re.compile(r"[\\`*~\[\]<>|]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
+
+
+def bold(text: str) -> str:
+    """Text that a `Table` shows bold; nothing that a user can name does so by itself."""
+    return f"\x02{text}\x03"
+
+
+def plain_markdown(text: str) -> str:
+    """Text that reads in Markdown as it is, on one line, whatever a user called a run, a folder or a layer."""
+    return " ".join(_MARKDOWN.sub(r"\\\g<0>", text).split())
+
+
+def markdown_items(texts: Iterable[str]) -> list[str]:
+    """A list of sentences, as lines."""
+    return [f"- {plain_markdown(text)}" for text in texts]
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table of plain text; what is written ``**so**`` is bold.
+    """A table of plain text; what is `bold` is shown so.
 
     Attributes:
         title: above it, on a terminal.
@@ -58,10 +75,11 @@ class Table:
             broken = name.replace(".", ".\n").replace(" ", "\n") if self.narrow else name
             shown.add_column(escape(broken), justify="left" if n < self.words else "right")
         for n, row in enumerate(self.rows, 1):
-            cells = (_BOLD.sub(r"[bold]\1[/bold]", escape(cell)) for cell in row)
+            cells = (_BOLD.sub(r"[bold]\1[/bold]", escape(_CONTROL.sub("", cell))) for cell in row)
             shown.add_row(*cells, end_section=n == self.parted)
         return shown
 
 
 def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"
+    shown = (_BOLD.sub(r"**\1**", plain_markdown(cell)) for cell in cells)
+    return f"| {' | '.join(shown)} |"

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dnr_plugin.data.registry import check_data, data_shape, train_size
+from dnr_plugin.devices import check_memory
 from dnr_plugin.errors import InputError, did_you_mean
 from dnr_plugin.models.build import build_model
 from dnr_plugin.models.examples import check_forward, example_image
@@ -73,6 +74,9 @@ def check_recipe(recipe: Recipe) -> Prepared:
     if problems:
         raise InputError(*problems)
     classes, in_channels, image_size = shape = data_shape(recipe.data)
+    if recipe.data.name != "imagefolder":  # which reads its files batch by batch
+        images = train_size(recipe.data) or 0
+        check_memory(images * in_channels * image_size**2, "data", f"{images} images of {image_size}x{image_size}")
     torch.manual_seed(derive_seed(recipe.seed, "weights"))
     model = build_model(recipe.model, classes, in_channels, image_size)
     example = example_image(in_channels, image_size)

@@ -83,7 +83,7 @@ def _checkpoint_of(file: Path) -> dict[str, Any]:
         raise InputError(f"{damaged} ({type(error).__name__})") from error
     if flipped is not None:
         raise InputError(f"{damaged} (the checksum of {flipped})")
-    if not isinstance(state, dict) or any(type(state.get(key)) is not kind for key, kind in _KEYS.items()):
+    if not isinstance(state, dict) or any(not isinstance(state.get(key), kind) for key, kind in _KEYS.items()):
         raise InputError(f"{damaged} (it holds something else)")
     return state
 

@@ -183,11 +183,9 @@ class DyingNeuronImportance(tp.importance.Importance):  # type: ignore[misc]
         Raises:
             RuntimeError: nothing was observed, or layers were pruned in a way that could not be followed.
         """
-        evidence, root, asked = self.evidence(group), self._root(group), asked_by()
-        if asked is not None and asked[0] not in self._warned:
-            self._warned.add(asked[0])
-            warn_of_little(asked[0], self.why_unscored)
-        n, penalty = len(group[0].idxs), for_a_penalty(asked)
+        evidence, root, asked, n = self.evidence(group), self._root(group), asked_by(), len(group[0].idxs)
+        penalty = for_a_penalty(asked)
+        warn_of_little(asked, self._warned, self.why_unscored)
         try:
             score = self._score(group, evidence)
         except Unscored as error:
@@ -329,10 +327,9 @@ class DyingNeuronImportance(tp.importance.Importance):  # type: ignore[misc]
             raise RuntimeError(
                 "nothing was observed yet: call the model inside `with importance.observe(model):` before pruning"
             )
-        shared = shared_reason(group)
-        if shared is not None:
+        if (shared := shared_reason(group)) is not None:
             raise Unscored(shared)
-        names, evidence = self._carried(group._DG).consumers, []
+        names, evidence = self._carried(group._DG).consumers, list[Evidence]()
         for use in uses(group):
             name = names.get(use.module)
             if name is None or name not in self.observer.modules:

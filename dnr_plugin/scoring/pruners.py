@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, MutableSet
 
 import torch_pruning as tp
 from torch import nn
@@ -42,19 +42,28 @@ def for_a_penalty(asked: tuple[tp.pruner.BasePruner, str] | None) -> bool:
     return asked is not None and asked[1] in _PENALTIES
 
 
-def warn_of_little(pruner: tp.pruner.BasePruner, why_unscored: Callable[[tp.dependency.Group], str | None]) -> None:
-    """Warns where a pruner reaches so few layers of a model that it takes much less than it was asked for.
+def warn_of_little(
+    asked: tuple[tp.pruner.BasePruner, str] | None,
+    known: MutableSet[tp.pruner.BasePruner],
+    why_unscored: Callable[[tp.dependency.Group], str | None],
+) -> None:
+    """Warns, once, where a pruner reaches so few layers of a model that it takes much less than it was asked for.
 
     Args:
-        pruner, why_unscored: see `within_reach`.
+        asked: the pruner that asks (`asked_by`).
+        known: pruners that were looked at; it is added to them.
+        why_unscored: see `within_reach`.
     """
+    if asked is None or asked[0] in known:
+        return
+    known.add(pruner := asked[0])
     share, left = within_reach(pruner, why_unscored)
     if share >= _REACH:
         return
-    asked = f"{pruner.pruning_ratio:.0%}" if isinstance(pruner.pruning_ratio, int | float) else "some"
+    wanted = f"{pruner.pruning_ratio:.0%}" if isinstance(pruner.pruning_ratio, int | float) else "some"
     more = f" and {len(left) - 3} more" if len(left) > 3 else ""
     warnings.warn(
-        f"Torch-Pruning was asked to remove {asked} of the channels, and reaches layers with {share:.0%} of the "
+        f"Torch-Pruning was asked to remove {wanted} of the channels, and reaches layers with {share:.0%} of the "
         f"parameters alone; left: {', '.join(left[:3])}{more}. plan_removal tells why, layer by layer",
         stacklevel=4,
     )

@@ -22,6 +22,7 @@ from dnr_plugin.benchmarks.criteria.run import run_criteria
 from dnr_plugin.benchmarks.criteria.tables import FIGURES, markdown, summary, tables
 from dnr_plugin.cli.main import main
 from dnr_plugin.recipe.load import load_recipe
+from dnr_plugin.reports.table import bold
 from dnr_plugin.runs.run import run_recipe
 
 
@@ -235,10 +236,15 @@ def test_tables_and_plot_show_the_best(tiny: Path) -> None:
         ["repaired", "l1, global: 90.0 (n = 1)", "l1, local: 40.0 ± 0.0"],
     ]
     assert titled["Scope local"][1] == [
-        ["l1", "Torch-Pruning", "60.0 ± 14.1 / 70.0 ± 14.1", "**30.0 ± 0.0** / **40.0 ± 0.0**"],
-        ["variation", "dnr_plugin", "**70.0 ± 14.1** / **80.0 ± 14.1**", "10.0 ± 0.0 / 20.0 ± 0.0"],
+        ["l1", "Torch-Pruning", "60.0 ± 14.1 / 70.0 ± 14.1", f"{bold('30.0 ± 0.0')} / {bold('40.0 ± 0.0')}"],
+        ["variation", "dnr_plugin", f"{bold('70.0 ± 14.1')} / {bold('80.0 ± 14.1')}", "10.0 ± 0.0 / 20.0 ± 0.0"],
     ]
-    assert titled["Scope global"][1][1] == ["l1", "Torch-Pruning", "**80.0 (n = 1)** / **90.0 (n = 1)**", "- / -"]
+    assert titled["Scope global"][1][1] == [
+        "l1",
+        "Torch-Pruning",
+        f"{bold('80.0 (n = 1)')} / {bold('90.0 (n = 1)')}",
+        "- / -",
+    ]
     assert markdown(result).count("\n## ") == 3
     best = best_lines(result, "recalibrated")
     assert {criterion: line[0]["scope"] for criterion, line in best.items()} == {"l1": "local", "variation": "global"}

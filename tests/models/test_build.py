@@ -178,7 +178,7 @@ def test_model_names_are_all_accepted() -> None:
         ({"name": "resnet50"}, "found 'resnet50'; did you mean 'torchvision.resnet50'?"),
         ({"name": "torchvision.resnet5"}, "torchvision.vit_b_16, "),
         ({"name": "torchvision.resnet5"}, "found 'torchvision.resnet5'; did you mean 'torchvision.resnet50'?"),
-        ({"name": "torchvision.fasterrcnn_resnet50_fpn"}, "found 'torchvision.fasterrcnn_resnet50_fpn'"),
+        ({"name": "torchvision.raft_large"}, "found 'torchvision.raft_large'"),
         (
             {"name": "torchvision.resnet50", "width": 16},
             "model.width: expected nothing for torchvision.resnet50, which has no such option, found 16",

@@ -150,7 +150,9 @@ def test_folders_without_a_finished_run_are_refused(
     finished = "dnr: compare: expected the folder of a finished run, found"
     assert lines[0] == f"{finished} {bad[0]} with no report.json in it"
     assert lines[1] == f"{finished} {bad[1]} with no such folder"
-    assert lines[2].startswith(f"dnr: compare: expected the report of a run in {bad[2]}, found damage: KeyError")
+    assert lines[2].startswith(
+        f"dnr: {bad[2]}/report.json: expected the report of a run, found damage: name: Field required"
+    )
     assert lines[3] == f"dnr: compare: expected each run once, found {real[0]} again"
     assert len(lines) == 4
     assert captured.out == ""

@@ -176,17 +176,18 @@ def _earlier(folder: Path, recipe: Recipe, resume: bool) -> dict[Key, Cell]:
     cells: dict[Key, Cell] = {}
     for number, cell in enumerate(read_json_lines(file), 1):
         try:
-            cells[_key(cell)] = _checked_cell(cell)
+            cells[_key(cell)] = cell
+            _check_cell(cell)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{file}:{number}: expected a cell, found damage: {error!r}"[:300]) from error
     return cells
 
 
-def _checked_cell(cell: Cell) -> Cell:
-    """A cell with what tables and plots ask of it.
+def _check_cell(cell: Cell) -> None:
+    """Refuses a cell without what tables and plots ask of it.
 
     Raises:
-        ValueError, KeyError, TypeError, AttributeError: it has not.
+        ValueError, KeyError, TypeError, AttributeError: in words.
     """
     CRITERIA[cell["criterion"]], SCOPES.index(cell["scope"])
     numbers = [cell["level"], cell["dense_accuracy"], cell["seconds"], *cell["accuracy"].values()]
@@ -197,7 +198,6 @@ def _checked_cell(cell: Cell) -> Cell:
             raise ValueError(f"{number!r}")
     if type(cell["seed"]) is not int or not isinstance(cell["reason"], str | None):
         raise TypeError("seed or reason")
-    return cell
 
 
 def _key(cell: Mapping[str, Any]) -> Key:

@@ -12,7 +12,7 @@ from dnr_plugin.devices import versions
 from dnr_plugin.pruning.order import SCOPES
 from dnr_plugin.recipe.schema import Recipe
 from dnr_plugin.reports.layer_report import NOTE
-from dnr_plugin.reports.table import Table
+from dnr_plugin.reports.table import Table, bold, markdown_items, plain_markdown
 
 FIGURES = {
     "removed": "right after removal",
@@ -90,7 +90,7 @@ def pairs_in(result: Mapping[str, Any]) -> list[tuple[str, str]]:
 def tables(result: Mapping[str, Any]) -> list[Table]:
     """The best of each level first, then every criterion for each scope.
 
-    The best of a column is bold as in Markdown; criteria come in the order of their mean over the levels.
+    The best of a column is bold; criteria come in the order of their mean over the levels.
     """
     rows = result["rows"]
     levels = sorted({row["level"] for row in rows}, reverse=True)
@@ -129,7 +129,7 @@ def _scope_table(
         if row is None or not row["accuracy"][name]:
             return "-"
         shown = _shown(row, name, result)
-        return f"**{shown}**" if _mean(row, name) == top[level, name] else shown
+        return bold(shown) if _mean(row, name) == top[level, name] else shown
 
     return [
         [
@@ -186,7 +186,7 @@ def notes(result: Mapping[str, Any]) -> list[str]:
 
 def markdown(result: Mapping[str, Any]) -> str:
     """All tables and notes as Markdown."""
-    lines = [f"# Criteria compared: {result['name']}", "", *(f"- {note}" for note in notes(result))]
+    lines = [f"# Criteria compared: {plain_markdown(result['name'])}", "", *markdown_items(notes(result))]
     for table in tables(result):
         lines += ["", f"## {table.title}", "", *table.markdown()]
     return "\n".join(lines) + "\n"
