@@ -42,6 +42,11 @@ def first_line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
+def one_line(error: BaseException) -> str:
+    """An error with its type on one line, as much as fits there."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+
+
 def did_you_mean(given: str, known: Iterable[str]) -> str:
     """``"; did you mean 'x'?"`` for the nearest known name, or an empty string where none is near."""
     near = difflib.get_close_matches(given, list(known), n=1, cutoff=0.6)

@@ -12,6 +12,7 @@ from typing import IO, Any
 
 from dnr_plugin.errors import InputError, first_line
 
+_held: set[Path] = set()  # folders that this process has locked
 _TEMPORARY = ".tmp"  # ends the names of files half written, which begin with a dot
 
 
@@ -44,7 +45,7 @@ def inside(folder: Path, name: object, file: Path) -> str:
         at, root = (folder / name).resolve(), folder.resolve()
         if at != root and root in at.parents:
             return name
-    raise InputError(f"{file}: expected names of folders in {folder}, found {name!r}")
+    raise InputError(f"{file}: expected names of folders in {folder}, found {name!r}"[:300])
 
 
 def read_json(file: Path) -> Any:
@@ -99,9 +100,12 @@ def locked(folder: Path) -> Iterator[None]:
         InputError: another process has it.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    own = folder.resolve()
     try:
         import fcntl
     except ImportError:  # Windows, which locks no folders
+        fcntl = None  # type: ignore[assignment]
+    if fcntl is None or own in _held:
         yield
         return
     descriptor = os.open(folder, os.O_RDONLY)
@@ -114,8 +118,10 @@ def locked(folder: Path) -> Iterator[None]:
             pass
         for left in [path for path in folder.iterdir() if _half_written(path)]:
             left.unlink(missing_ok=True)
+        _held.add(own)
         yield
     finally:
+        _held.discard(own)
         os.close(descriptor)
 
 

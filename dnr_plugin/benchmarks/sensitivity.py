@@ -13,7 +13,7 @@ from dnr_plugin.benchmarks.criteria.contenders import build_criterion
 from dnr_plugin.benchmarks.testbed import Ground, dense_folder, seeded
 from dnr_plugin.devices import device_name, versions
 from dnr_plugin.errors import InputError
-from dnr_plugin.files import atomic_write, check_writable
+from dnr_plugin.files import atomic_write, check_writable, contents, locked
 from dnr_plugin.pruning.groups import prunable_layers
 from dnr_plugin.pruning.layers import Layer
 from dnr_plugin.pruning.removal import prune_neurons
@@ -26,6 +26,11 @@ from dnr_plugin.runs.state import Track
 from dnr_plugin.scoring.importance import DyingNeuronImportance
 from dnr_plugin.seeds import derive_seed
 
+# In the folder: its own files, and those of the benchmark of criteria, with which it shares dense networks.
+_OURS = {
+    "dense", "sensitivity.json", "sensitivity.md", "sensitivity.png",
+    "recipe.yaml", "cells.jsonl", "criteria.json", "criteria.md", "criteria.png",
+}  # fmt: skip
 SHARES = "0.25,0.5,0.75,0.9"
 
 
@@ -76,7 +81,16 @@ def run_sensitivity(
         raise InputError(f"prune.mode: expected after_training for this benchmark, found {recipe.prune.mode}")
     check_recipe(recipe)
     check_writable(folder)
+    if foreign := [path for path in contents(folder) if path.name not in _OURS]:
+        raise InputError(
+            f"--output: expected an empty folder or that of a benchmark, found {folder} with {foreign[0].name} in it"
+        )
     check_folder(dense_folder(folder, recipe.seed), recipe, resume=True)
+    with locked(folder):
+        return _measured(recipe, folder, shares, device, track)
+
+
+def _measured(recipe: Recipe, folder: Path, shares: Sequence[float], device: str, track: Track) -> dict[str, Any]:
     ground = Ground.trained(recipe, dense_folder(folder, recipe.seed), device, track)
     scored = copy.deepcopy(ground.model)
     seed = derive_seed(recipe.seed, "criterion", recipe.prune.criterion)

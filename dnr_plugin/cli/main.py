@@ -25,6 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         0 done; 2 the input is wrong (one line per problem on stderr); 3 the target was not reached, what was reached is
         saved; 143 it was terminated (SIGTERM); 1 anything else, also where it was interrupted (SIGINT).
     """
+    hint = ""  # of an option that the command has
     try:
         with _terminable(), warnings.catch_warnings():
             warnings.showwarning = _show_warning
@@ -32,6 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
             warnings.filterwarnings("ignore", message=".* is left alone")
             arguments = _parser().parse_args(argv)
+            if hasattr(arguments, "resume"):
+                hint = "; add --resume to go on after the last finished epoch"
             code: int = arguments.command(arguments)
             return code
     except InputError as error:
@@ -42,13 +45,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"dnr: {error}", file=sys.stderr)
         return TARGET_MISSED
     except KeyboardInterrupt:
-        print("dnr: interrupted; add --resume to go on after the last finished epoch", file=sys.stderr)
+        print(f"dnr: interrupted{hint}", file=sys.stderr)
         return FAILED
     except _Terminated:
-        print("dnr: terminated; add --resume to go on after the last finished epoch", file=sys.stderr)
+        print(f"dnr: terminated{hint}", file=sys.stderr)
         return TERMINATED
     except OSError as error:
-        print(f"dnr: {error}; with space and access restored, add --resume to go on", file=sys.stderr)
+        print(
+            f"dnr: {error}{'; with space and access restored, add --resume to go on' if hint else ''}", file=sys.stderr
+        )
         return FAILED
     except RunError as error:
         print(f"dnr: {error}", file=sys.stderr)

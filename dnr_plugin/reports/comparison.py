@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from dnr_plugin.errors import InputError
+from dnr_plugin.errors import InputError, one_line
 from dnr_plugin.files import inside, read_json
 from dnr_plugin.recipe.difference import leaves
 from dnr_plugin.recipe.schema import Recipe
@@ -158,7 +158,7 @@ def _runs_in(folder: Path) -> list[Path]:
     except InputError:
         raise
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{index}: expected the list of a sweep's runs, found damage: {error!r}"[:300]) from error
+        raise InputError(f"{index}: expected the list of a sweep's runs, found damage: {one_line(error)}") from error
     listed = [folder / inside(folder, name, index) for name in names]
     return [path for path in listed if (path / "report.json").is_file()] or [folder]
 
@@ -175,7 +175,7 @@ def _read(folder: Path, name: str) -> Run:
     try:
         return Run(name, str(folder), report, rows, _options(report["recipe"]), values)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise InputError(f"{file}: expected the report of a run, found a damaged recipe: {error!r}"[:300]) from error
+        raise InputError(f"{file}: expected the report of a run, found a damaged recipe: {one_line(error)}") from error
 
 
 def _options(recipe: dict[str, Any]) -> dict[str, str]:

@@ -159,8 +159,8 @@ class _CheckEvent(_Stored):
     nominated: _Count
     restored: _Count
     removed: _Count
-    entropy: float | None = None
-    drift: float | None = None
+    entropy: float | None
+    drift: float | None
 
 
 class _Removed(_Stored):

@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from dnr_plugin.devices import pick_device
-from dnr_plugin.errors import InputError, RunError, TargetError
+from dnr_plugin.errors import InputError, RunError, TargetError, one_line
 from dnr_plugin.files import atomic_write, check_writable, contents, inside, locked, read_json
 from dnr_plugin.recipe.load import located, write_recipe
 from dnr_plugin.recipe.schema import Recipe
@@ -174,7 +174,7 @@ def _earlier(folder: Path, resume: bool) -> list[Planned]:
     except InputError:
         raise
     except (ValueError, KeyError, TypeError, ValidationError) as error:
-        raise InputError(f"{index}: expected the list of a sweep's runs, found damage: {error!r}"[:300]) from error
+        raise InputError(f"{index}: expected the list of a sweep's runs, found damage: {one_line(error)}") from error
 
 
 def _write_index(runs: Sequence[Planned], folder: Path) -> None:

@@ -35,6 +35,17 @@ def stopping_after(calls: int) -> Track:
     return track
 
 
+def stopping_at(stage: str) -> Track:
+    """Stops a run at its first step of a stage."""
+
+    def track(items: Iterable[Any], total: int, what: str) -> Iterable[Any]:
+        if what.startswith(stage):
+            raise Killed(what)
+        return items
+
+    return track
+
+
 def lasting(folder: Path) -> tuple[Any, Any, dict[str, torch.Tensor]]:
     """Report and events without timings, and the weights."""
     report = json.loads((folder / "report.json").read_text())

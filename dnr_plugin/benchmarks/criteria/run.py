@@ -27,8 +27,8 @@ from dnr_plugin.benchmarks.criteria.tables import PAIRS, markdown, summary
 from dnr_plugin.benchmarks.testbed import Ground, dense_folder, recalibration_images, seeded
 from dnr_plugin.data.registry import data_shape
 from dnr_plugin.devices import device_name, pick_device
-from dnr_plugin.errors import InputError, first_line
-from dnr_plugin.files import atomic_write, check_writable, contents, read_json_lines
+from dnr_plugin.errors import InputError, first_line, one_line
+from dnr_plugin.files import atomic_write, check_writable, contents, locked, read_json_lines
 from dnr_plugin.models.build import build_model
 from dnr_plugin.models.examples import example_image
 from dnr_plugin.network.splitting import split_attention
@@ -105,18 +105,27 @@ def run_criteria(
         write_recipe(recipe, folder / "recipe.yaml")
     missing = [key for key in grid.cells if not _finished(cells.get(key), finetune)]
     for seed, of_seed in itertools.groupby(missing, key=lambda key: key.seed):
-        ground = Ground.trained(seeds[seed], dense_folder(folder, seed), device, track)
-        for criterion, of_criterion in itertools.groupby(of_seed, key=lambda key: key.criterion):
-            keys = list(of_criterion)
-            for cell in track(_run_cells(ground, keys, finetune), len(keys), f"seed {seed}, {criterion}"):
-                cell["device"] = device_name(chosen)
-                with (folder / _CELLS).open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(cell) + "\n")
-                cells[_key(cell)] = cell
+        with locked(dense_folder(folder, seed)):  # other processes may have other seeds
+            ground = Ground.trained(seeds[seed], dense_folder(folder, seed), device, track)
+            _fill_seed(ground, seed, [*of_seed], folder, cells, finetune, chosen, track)
     cells = _earlier(folder, recipe, resume=True)  # with those of processes that ran meanwhile
     result = summary(recipe, recalibration_images(recipe), list(cells.values()))
     write_criteria(folder, result)
     return result
+
+
+def _fill_seed(
+    ground: Ground, seed: int, missing: Sequence[Key], folder: Path, cells: dict[Key, Cell], finetune: bool,
+    chosen: torch.device, track: Track,
+) -> None:  # fmt: skip
+    """Runs the missing cells of a seed, and writes each as soon as it is there."""
+    for criterion, of_criterion in itertools.groupby(missing, key=lambda key: key.criterion):
+        keys = list(of_criterion)
+        for cell in track(_run_cells(ground, keys, finetune), len(keys), f"seed {seed}, {criterion}"):
+            cell["device"] = device_name(chosen)
+            with (folder / _CELLS).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(cell) + "\n")
+            cells[_key(cell)] = cell
 
 
 def _check_options(recipe: Recipe, finetune: bool) -> None:
@@ -179,7 +188,7 @@ def _earlier(folder: Path, recipe: Recipe, resume: bool) -> dict[Key, Cell]:
             cells[_key(cell)] = cell
             _check_cell(cell)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{file}:{number}: expected a cell, found damage: {error!r}"[:300]) from error
+            raise InputError(f"{file}:{number}: expected a cell, found damage: {one_line(error)}") from error
     return cells
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import multiprocessing
@@ -17,8 +18,8 @@ import torch
 from dnr_plugin.benchmarks.zoo.networks import Entry, chosen
 from dnr_plugin.benchmarks.zoo.row import try_network
 from dnr_plugin.devices import device_name, versions
-from dnr_plugin.errors import InputError, RunError, first_line
-from dnr_plugin.files import atomic_write, check_writable, read_json
+from dnr_plugin.errors import InputError, RunError, first_line, one_line
+from dnr_plugin.files import atomic_write, check_writable, locked, read_json
 from dnr_plugin.reports.table import Table
 from dnr_plugin.runs.state import Track
 
@@ -66,16 +67,22 @@ def run_zoo(
         "flops": flops, "seconds": seconds, "device": device_name(torch.device("cpu")), "versions": versions(),
         "networks": rows,
     }  # fmt: skip
+    with locked(folder) if folder is not None else contextlib.nullcontext():
+        _fill(result, networks, folder, track)
+    return result
+
+
+def _fill(result: dict[str, Any], networks: Sequence[Entry], folder: Path | None, track: Track) -> None:
+    """Adds the rows that are missing, and writes the table after each."""
+    rows = result["networks"]
     for entry in track(networks, len(networks), "networks"):
         if entry.name not in rows:
-            rows[entry.name] = _row(entry, flops, seconds)
+            rows[entry.name] = _row(entry, result["flops"], result["seconds"])
         if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
             with atomic_write(folder / _FILE) as file:
                 json.dump(result, file, indent=1)
             with atomic_write(folder / "zoo.md") as file:
                 file.write("\n".join([*zoo_table(result).markdown(), ""]))
-    return result
 
 
 def _rows_of(file: Path, resume: bool) -> dict[str, dict[str, Any]]:
@@ -89,7 +96,7 @@ def _rows_of(file: Path, resume: bool) -> dict[str, dict[str, Any]]:
     except InputError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{file}: expected the rows of a zoo, found damage: {error!r}") from error
+        raise InputError(f"{file}: expected the rows of a zoo, found damage: {one_line(error)}") from error
 
 
 def _row(entry: Entry, flops: float, seconds: float) -> dict[str, Any]:
