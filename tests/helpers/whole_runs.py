@@ -51,6 +51,7 @@ def lasting(folder: Path) -> tuple[Any, Any, dict[str, torch.Tensor]]:
     report = json.loads((folder / "report.json").read_text())
     for timed in ("seconds", "latency"):
         del report[timed]
+    (report["dynamics"] or {}).pop("wall_clock_ratio", None)
     events = events_of(folder)
     for event in events:
         for timed in ("seconds", "training_seconds", "check_seconds"):
