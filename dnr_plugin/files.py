@@ -41,7 +41,8 @@ def inside(folder: Path, name: object, file: Path) -> str:
     Raises:
         InputError: it is no relative path, or leads out of the folder, by dots or by a link.
     """
-    if isinstance(name, str) and name and not Path(name).is_absolute():
+    long = isinstance(name, str) and any(len(part.encode(errors="surrogatepass")) > 255 for part in Path(name).parts)
+    if isinstance(name, str) and name and "\0" not in name and not long and not Path(name).is_absolute():
         at, root = (folder / name).resolve(), folder.resolve()
         if at != root and root in at.parents:
             return name

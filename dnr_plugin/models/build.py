@@ -21,6 +21,7 @@ from dnr_plugin.models.state_dicts import load_checkpoint
 from dnr_plugin.recipe.sections import ModelOptions
 
 _COPIES = 4  # of the weights: gradients, momentum, and the model as it was built
+_LARGEST = 1_000_000
 _SIZES = ("num_classes", "in_channels", "image_size")
 
 
@@ -124,8 +125,10 @@ def _rebuild(spec: Mapping[str, Any], allow_import: bool) -> nn.Module:
         return model
     sizes = {key: kwargs[key] for key in _SIZES if key in kwargs}
     rest = {key: value for key, value in kwargs.items() if key not in _SIZES}
-    if "num_classes" not in sizes or any(type(size) is not int or size < 1 for size in sizes.values()):
-        raise InputError(f"architecture: expected a num_classes and sizes of at least 1, found {shortened(kwargs)}")
+    if "num_classes" not in sizes or any(type(size) is not int or not 1 <= size <= _LARGEST for size in sizes.values()):
+        raise InputError(
+            f"architecture: expected a num_classes and sizes from 1 to {_LARGEST}, found {shortened(kwargs)}"
+        )
     try:
         fields = {"kwargs": rest} if name.startswith("torchvision.") else rest
         # What the options do not know at all (checkpoint: a spec holds no file names) is refused here, not passed on.

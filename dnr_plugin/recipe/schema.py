@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from dnr_plugin.recipe.sections import DataOptions, FinetuneOptions, ModelOptions, PruneOptions, Section, TrainOptions
+from dnr_plugin.recipe.sections import DataOptions, ModelOptions, PruneOptions, Section
+from dnr_plugin.recipe.training_sections import FinetuneOptions, TrainOptions
 
 
 class Recipe(Section):

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dnr_plugin.errors import InputError
 from dnr_plugin.files import read_json, read_json_lines
@@ -55,6 +55,12 @@ class _Target(_Stored):
     requested: bool | float | None
     achieved: float | None
     reached: bool
+
+    @model_validator(mode="after")
+    def _told(self) -> _Target:
+        if self.kind is not None and (self.requested is None or self.achieved is None):
+            raise ValueError("a target without what was requested and achieved")
+        return self
 
 
 class _Dead(_Stored):
@@ -151,7 +157,7 @@ class _CheckEvent(_Stored):
     check: _Count
     epoch: _Amount
     layer: str
-    neurons: _Count
+    neurons: Annotated[int, Field(ge=1)]
     dead: _Count
     died: _Count
     reactivated: _Count

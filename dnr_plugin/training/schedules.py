@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from dnr_plugin.recipe.sections import Schedule, TrainOptions
+from dnr_plugin.recipe.training_sections import Schedule, TrainOptions
 
 _PEAK = 0.3  # where one_cycle is highest
 _START = 0.04  # where one_cycle begins

@@ -14,7 +14,7 @@ from dnr_plugin.devices import fast_layout
 from dnr_plugin.dynamics.check import Check
 from dnr_plugin.dynamics.dynamics import DyingNeuronDynamics
 from dnr_plugin.errors import RunError
-from dnr_plugin.recipe.sections import TrainOptions
+from dnr_plugin.recipe.training_sections import TrainOptions
 from dnr_plugin.seeds import derive_seed
 from dnr_plugin.training.evaluation import Progress
 from dnr_plugin.training.pressure import add_l1, add_noise, batchnorm_scales

@@ -16,7 +16,8 @@ from dnr_plugin.data.images import Data
 from dnr_plugin.data.registry import load_data
 from dnr_plugin.errors import InputError
 from dnr_plugin.recipe.load import load_recipe
-from dnr_plugin.recipe.sections import DataOptions, TrainOptions
+from dnr_plugin.recipe.sections import DataOptions
+from dnr_plugin.recipe.training_sections import TrainOptions
 from dnr_plugin.seeds import derive_seed
 from dnr_plugin.training.pressure import add_l1, add_noise, batchnorm_scales
 from dnr_plugin.training.schedules import lr_factor, scheduled

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from dnr_plugin.data.registry import load_data
-from dnr_plugin.recipe.sections import DataOptions, TrainOptions
+from dnr_plugin.recipe.sections import DataOptions
+from dnr_plugin.recipe.training_sections import TrainOptions
 from dnr_plugin.training.evaluation import evaluate
 from dnr_plugin.training.schedules import lr_factor
 from dnr_plugin.training.trainer import DivergedError, Trainer
