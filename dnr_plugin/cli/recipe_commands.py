@@ -79,10 +79,11 @@ def _sweep(arguments: argparse.Namespace) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    from dnr_plugin.runs.checks import check_recipe
+    from dnr_plugin.runs.checks import check_images, check_recipe
 
     with recipe_of(arguments) as recipe:
         check_recipe(recipe)
+        check_images(recipe)
     show(f"{recipe_file(arguments.recipe)}: fine")
     return DONE
 

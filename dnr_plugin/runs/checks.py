@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dnr_plugin.data.registry import check_data, data_shape, train_size
+from dnr_plugin.data.registry import check_data, data_shape, load_data, train_size
 from dnr_plugin.devices import check_memory
 from dnr_plugin.errors import InputError, did_you_mean
 from dnr_plugin.models.build import build_model
@@ -91,6 +91,20 @@ def check_recipe(recipe: Recipe) -> Prepared:
     if target is not None:
         check_target(pruned, example, target.kind, target.value, limits_of(recipe), dense, survey)
     return Prepared(recipe, model, example, shape, dense)
+
+
+def check_images(recipe: Recipe) -> None:
+    """What only reading the data tells: damaged files, and how many images there are; after `check_recipe`.
+
+    Nothing is drawn or downloaded for it.
+
+    Raises:
+        InputError: as a run of the recipe would.
+    """
+    if recipe.data.name != "shapes" and not recipe.data.download:
+        images = len(load_data(recipe.data, recipe.seed).train)
+        check_sizes(recipe, images)
+        check_timetable(recipe, images)
 
 
 def check_ranks() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 
 from dnr_plugin.dynamics.timetable import Timetable
 from dnr_plugin.errors import InputError
@@ -171,3 +172,22 @@ def test_limits_are_those_of_the_recipe(tiny: Path) -> None:
     given = ["prune.ignored=[fc]", "prune.round_to=2", "prune.max_pruning_ratio=0.6", "prune.verify=false"]
     assert limits_of(load_recipe(tiny, given)) == Limits(["fc"], 2, 0.6, verify=False)
     assert limits_of(load_recipe(tiny)).verify
+
+
+def test_check_counts_images_that_only_the_folder_tells(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a run would; without reading an image."""
+    from dnr_plugin.cli.main import main
+
+    for split in ("train", "val"):
+        for name in ("cat", "dog"):
+            (tmp_path / "images" / split / name).mkdir(parents=True)
+            (tmp_path / "images" / split / name / "0.png").touch()
+    recipe = yaml.safe_load(tiny.read_text())
+    recipe["data"] = {"name": "imagefolder", "root": str(tmp_path / "images"), "image_size": 16}
+    tiny.write_text(yaml.safe_dump(recipe))
+    assert main(["check", str(tiny)]) == 2
+    said = capsys.readouterr().err
+    assert "train.batch_size: expected at most 2, the number of training images" in said
+    assert "prune.observe.min_samples: expected at most 2" in said
