@@ -151,6 +151,8 @@ class AttentionCore(nn.Module):
         query, key = self.scores(query, key)
         q, k, v = self.scores.by_head(query), self.scores.by_head(key), self.heads.by_head(value)
         dropout = self.dropout if self.training else 0.0
+        if mask is not None and mask.dtype != torch.bool:
+            mask = mask.to(q.dtype)  # which autocast chooses
         probabilities = None
         if weights:
             logits = q @ k.transpose(2, 3) * self.scale

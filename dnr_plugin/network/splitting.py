@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,7 +19,15 @@ from dnr_plugin.network.attention import (
     SplitWindows,
     split_modules,
 )
-from dnr_plugin.network.calling import batch_inputs, call, eager, kept_modes, output_difference, tensors
+from dnr_plugin.network.calling import (
+    batch_inputs,
+    call,
+    eager,
+    eval_outputs,
+    kept_modes,
+    output_difference,
+    tensors,
+)
 
 _TOLERANCE, _TOLERANCE_16_BITS = 1e-4, 0.05  # of an attention's largest output
 
@@ -112,45 +121,64 @@ def split_attention(model: nn.Module, example_inputs: Any, images: Any = None) -
         Attention that was left as it was -> why.
 
     Raises:
-        InputError: the model has no attention of these kinds, or all of it was left.
+        InputError: the model has no attention of these kinds, or all of it was left; images do not fit, or in the order
+            that they suggest outputs would be others. The model is as it was then.
     """
     model = eager(model)
     found = {name: module for name, module in model.named_modules() if _is_attention(module)}
-    left = _split_those(model, example_inputs, found)
-    if len(left) == len(found):
+    splits, left = _splits(model, example_inputs, found)
+    if not splits:
         reasons = "".join(f"; {name}: {reason}" for name, reason in [*left.items()][:3])
         raise InputError(f"model: expected attention that can be split, found {'none' if not found else reasons[2:]}")
-    _order_channels(model, example_inputs, images)
+    before = eval_outputs(model, example_inputs)
+    for name, split in splits.items():
+        _replace(model, found[name], split)
+    try:
+        _order_channels(model, example_inputs, images)
+        difference = output_difference(before, eval_outputs(model, example_inputs))[1]
+        if difference > 10 * _tolerance(before):
+            raise InputError(
+                f"model: expected the outputs to stay what they are, found a difference of {difference:.1g}"
+            )
+    except BaseException:
+        for name, split in splits.items():
+            _replace(model, split, found[name])
+        raise
     return left
 
 
-def _split_those(model: nn.Module, example_inputs: Any, found: Mapping[str, nn.Module]) -> dict[str, str]:
-    left: dict[str, str] = {}
-    calls: dict[nn.Module, tuple[Any, Any, Any]] = {}
-
-    def note(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        calls[module] = args, kwargs, output
-
-    handles: list[Any] = []
-    splits: dict[str, SplitAttention] = {}
+def _splits(
+    model: nn.Module, example_inputs: Any, found: Mapping[str, nn.Module]
+) -> tuple[dict[str, SplitAttention], dict[str, str]]:
+    """What can stand in for a model's attention, and why nothing can for the rest."""
+    splits, left = dict[str, SplitAttention](), dict[str, str]()
+    owners = Counter(p for module in model.modules() for p in {*module.parameters(recurse=False)})
     for name, module in found.items():
         try:
             splits[name] = _split(module)
         except (ValueError, AttributeError) as error:
             left[name] = str(error)
+        if any(owners[parameter] > 1 for parameter in module.parameters()):
+            left[name] = "it shares a parameter with another layer"
+    calls: dict[nn.Module, tuple[Any, Any, Any]] = {}
+
+    def note(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        calls[module] = args, kwargs, output
+
     with contextlib.ExitStack() as hooks, kept_modes(model), torch.enable_grad():  # without, torch takes other ways
         model.eval()
         for name in splits:
-            handles.append(found[name].register_forward_hook(note, with_kwargs=True))
-            hooks.callback(handles[-1].remove)
+            hooks.callback(found[name].register_forward_hook(note, with_kwargs=True).remove)
         call(model, example_inputs)
     for name, split in splits.items():
         reason = _unlike(split, calls.get(found[name]))
-        if reason is None:
-            _replace(model, found[name], split)
-        else:
-            left[name] = reason
-    return left
+        if reason is not None:
+            left.setdefault(name, reason)
+    return {name: split for name, split in splits.items() if name not in left}, left
+
+
+def _tolerance(outputs: Sequence[Tensor]) -> float:
+    return _TOLERANCE if all(a.element_size() > 2 for a in outputs) else _TOLERANCE_16_BITS
 
 
 @torch.no_grad()
@@ -164,8 +192,8 @@ def _unlike(split: SplitAttention, known: tuple[Any, Any, Any] | None) -> str | 
             given = split.eval()(*args, **kwargs)
     except Exception as error:  # whatever it is called with
         return f"it is called otherwise than expected: {type(error).__name__}: {error}".split("\n")[0]
-    wide = all(a.element_size() > 2 for a in tensors(output))
-    if output_difference([*tensors(output)], [*tensors(given)])[1] > (_TOLERANCE if wide else _TOLERANCE_16_BITS):
+    expected = [*tensors(output)]
+    if output_difference(expected, [*tensors(given)])[1] > _tolerance(expected):
         return "it computes something else than scaled dot products of query and key"
     return None
 

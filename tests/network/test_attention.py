@@ -1,12 +1,15 @@
 """Attention with a layer for each projection: the same outputs, and what can go from it."""
 
 import copy
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -24,6 +27,7 @@ from dnr_plugin import (
     save_pruned,
     split_attention,
 )
+from dnr_plugin.cli.main import main
 from dnr_plugin.network.attention import AttentionScores, completed, split_modules
 from dnr_plugin.network.calling import eval_outputs, output_difference
 
@@ -368,3 +372,66 @@ def test_products_of_attention_are_counted() -> None:
     matrices = counter.get_total_flops() / 2
     norms = 5 * 17 * 32 * 5  # LayerNorm, which fvcore counts and torch does not
     assert report.flops == pytest.approx(matrices + norms, rel=1e-3)
+
+
+def test_shared_attention_is_left_and_named() -> None:
+    first, second = Tokens(), Tokens()
+    second.qkv.weight = first.qkv.weight
+    model = nn.Sequential(nn.Linear(8, 16), first, second, Tokens(), nn.Linear(16, 3)).eval()
+    left = split_attention(model, TOKENS)
+    assert left == dict.fromkeys(("1", "2"), "it shares a parameter with another layer")
+    assert [*split_modules(model)] == ["3"]
+
+
+def test_images_that_do_not_fit_leave_the_model_as_it_was() -> None:
+    model = vit()
+    modules = [*model.modules()]
+    for images in ([IMAGES * torch.nan], [IMAGES[:, :1]], []):
+        with pytest.raises((InputError, RuntimeError)):
+            split_attention(model, IMAGES[:1], images)
+        assert [*model.modules()] == modules
+
+
+def test_an_optimizer_follows_when_heads_and_channels_go() -> None:
+    model = vit()
+    split_attention(model, IMAGES[:1], [IMAGES])
+    optimizer = torch.optim.AdamW(model.parameters())
+
+    def step() -> None:
+        optimizer.zero_grad()
+        model(IMAGES).square().mean().backward()
+        optimizer.step()
+
+    step()
+    removals = {f"{ATTENTION}.value": [*range(8)], f"{ATTENTION}.query": [7, 15, 23, 31]}
+    prune_neurons(model, IMAGES[:1], removals, optimizer=optimizer)
+    kept = zip(model.parameters(), optimizer.param_groups[0]["params"], strict=True)
+    assert all(ours is theirs for ours, theirs in kept)
+    step()
+    assert all(optimizer.state[p]["exp_avg"].shape == p.shape for p in model.parameters())
+
+
+def test_autocast_with_masks() -> None:
+    model, x = Encoder().eval(), torch.randn(2, 7, 16)
+    mask = nn.Transformer.generate_square_subsequent_mask(7)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = model.train()(x, mask=mask)
+        split_attention(model.eval(), x)
+        given = model.train()(x, mask=mask)
+    assert given.shape == expected.shape
+
+
+def test_a_recipe_prunes_attention(tiny: Path, tmp_path: Path) -> None:
+    recipe = yaml.safe_load(tiny.read_text())
+    recipe["model"] = {"name": VIT["name"], "kwargs": {k: v for k, v in VIT["kwargs"].items() if k != "num_classes"}}
+    recipe["prune"] |= {"attention": True, "target": {"neuron_sparsity": 0.7}}
+    tiny.write_text(yaml.safe_dump(recipe))
+    assert main(["plan", str(tiny)]) == 0
+    assert main(["run", str(tiny), "--output", str(tmp_path / "run")]) == 0
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["sparsity"]["neuron"] >= 0.7 - 1e-9
+    layers = {layer["name"]: layer for layer in report["layers"]}
+    assert any(layers[f"{ATTENTION}.{part}"]["channels_after"] < 32 for part in ("query", "value"))
+    loaded = load_pruned(tmp_path / "run", allow_import=True)
+    assert [*split_modules(loaded)] == [ATTENTION.replace("_1", "_0"), ATTENTION]
+    assert main(["report", str(tmp_path / "run"), "--format", "json"]) == 0
