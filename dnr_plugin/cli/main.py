@@ -60,25 +60,46 @@ def main(argv: Sequence[str] | None = None) -> int:
         return FAILED
 
 
+_AGAIN = 0.5  # seconds after which a signal that was not heeded is raised again
+
+
 class _Terminated(BaseException):
     """SIGTERM came. No ``except Exception`` on the way swallows it."""
 
 
 @contextlib.contextmanager
 def _terminable() -> Iterator[None]:
-    """Lets SIGTERM end what runs inside as Ctrl-C does: files half written go, locks are let go of."""
+    """Lets SIGTERM and SIGINT end what runs inside: files half written go, locks are let go of.
 
-    def stop(number: int, frame: object) -> None:
-        raise _Terminated
-
+    What a signal raises inside a finaliser, Python prints and forgets: until it is heeded it is raised again.
+    """
     if threading.current_thread() is not threading.main_thread():  # which alone may say what signals do
         yield
         return
-    before = signal.signal(signal.SIGTERM, stop)
+    errors: dict[int, BaseException] = {signal.SIGTERM: _Terminated(), signal.SIGINT: KeyboardInterrupt()}
+    raised: list[BaseException] = []
+
+    def stop(number: int, frame: object) -> None:
+        raised[:] = [errors.get(number, raised[0] if raised else KeyboardInterrupt())]
+        if hasattr(signal, "setitimer"):
+            signal.setitimer(signal.ITIMER_REAL, _AGAIN)
+        raise raised[0]
+
+    def ignored(problem: sys.UnraisableHookArgs) -> None:
+        if problem.exc_value not in raised:
+            told(problem)
+
+    numbers = [*errors, *([signal.SIGALRM] if hasattr(signal, "setitimer") else [])]
+    before = {number: signal.signal(number, stop) for number in numbers}
+    told, sys.unraisablehook = sys.unraisablehook, ignored
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before if before is not None else signal.SIG_DFL)
+        if hasattr(signal, "setitimer"):
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        sys.unraisablehook = told
+        for number, handler in before.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
 
 def _show_warning(message: Warning | str, *args: object, **kwargs: object) -> None:

@@ -49,7 +49,7 @@ def _name_problems(name: str) -> list[str]:
         if name in known:
             return []
         names = ", ".join(known)
-        return [f"model.name: expected one of {names}, found {name!r}{did_you_mean(name, known)}"]
+        return [f"model.name: expected one of {names}, found {shortened(name)}{did_you_mean(name, known)}"]
     if name in BUILTIN:
         return []
     near = (
@@ -58,7 +58,8 @@ def _name_problems(name: str) -> list[str]:
         else did_you_mean(name, BUILTIN)
     )
     return [
-        f"model.name: expected one of {', '.join(BUILTIN)}, torchvision.NAME or module:function, found {name!r}{near}"
+        f"model.name: expected one of {', '.join(BUILTIN)}, torchvision.NAME or module:function, "
+        f"found {shortened(name)}{near}"
     ]
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
-from dnr_plugin.errors import InputError
+from dnr_plugin.errors import InputError, one_line
 from dnr_plugin.files import atomic_write, read_json
 from dnr_plugin.network.attention import split_modules
 from dnr_plugin.network.calling import copied, eager
@@ -129,7 +129,9 @@ def build(architecture: Mapping[str, Any], allow_import: bool = False, *, fresh:
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(name not in architecture["frozen"])
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError) as error:
-        raise InputError(f"{ARCHITECTURE}: does not fit {architecture['builder'].get('name')}: {error!r}") from error
+        raise InputError(
+            f"{ARCHITECTURE}: does not fit {str(architecture['builder'].get('name'))[:80]}: {one_line(error)}"
+        ) from error
     return model
 
 

@@ -12,8 +12,10 @@ from dnr_plugin.errors import InputError
 from dnr_plugin.files import read_json, read_json_lines
 
 _Share = Annotated[float, Field(ge=0.0, le=1.0)]
-_Count = Annotated[int, Field(ge=0)]
-_Amount = Annotated[float, Field(ge=0.0)]
+_Count = Annotated[int, Field(ge=0, le=2**53)]
+_Positive = Annotated[int, Field(ge=1, le=2**53)]
+_Amount = Annotated[float, Field(ge=0.0, le=1e15)]
+_Number = Annotated[float, Field(ge=-1e15, le=1e15)]
 
 
 class _Stored(BaseModel):
@@ -23,8 +25,8 @@ class _Stored(BaseModel):
 
 
 class _Size(_Stored):
-    params: Annotated[int, Field(ge=1)]
-    flops: Annotated[int, Field(ge=1)]
+    params: _Positive
+    flops: _Positive
     accuracy: _Share | None
 
 
@@ -41,8 +43,8 @@ class _Seconds(_Stored):
 
 
 class _Sparsity(_Stored):
-    neuron: float
-    weight: float
+    neuron: _Number
+    weight: _Number
 
 
 class _Kept(_Stored):
@@ -52,8 +54,8 @@ class _Kept(_Stored):
 
 class _Target(_Stored):
     kind: str | None
-    requested: bool | float | None
-    achieved: float | None
+    requested: bool | _Number | None
+    achieved: _Number | None
     reached: bool
 
     @model_validator(mode="after")
@@ -90,7 +92,7 @@ class _Skipped(_Stored):
 
 
 class _Latency(_Stored):
-    batch: Annotated[int, Field(ge=1)]
+    batch: _Positive
     dense_ms: _Amount
     pruned_ms: _Amount
     ratio: _Amount
@@ -157,7 +159,7 @@ class _CheckEvent(_Stored):
     check: _Count
     epoch: _Amount
     layer: str
-    neurons: Annotated[int, Field(ge=1)]
+    neurons: _Positive
     dead: _Count
     died: _Count
     reactivated: _Count
@@ -165,8 +167,8 @@ class _CheckEvent(_Stored):
     nominated: _Count
     restored: _Count
     removed: _Count
-    entropy: float | None
-    drift: float | None
+    entropy: _Number | None
+    drift: _Number | None
 
 
 class _Removed(_Stored):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -237,3 +239,48 @@ def test_overhead_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["scoring_ratio"] > 0
     first, last = found["statistics_bytes"].values()
     assert first == last > 0
+
+
+IN_A_FINALISER = """
+import argparse, sys, time, weakref
+from dnr_plugin.cli import main as module
+
+class Kept:
+    pass
+
+def wait(*_):
+    end = time.monotonic() + 0.15
+    while time.monotonic() < end:
+        pass
+
+def run(arguments):
+    print("begun", flush=True)
+    while True:
+        kept = Kept()
+        reference = weakref.ref(kept, wait)
+        del kept
+        wait()
+
+class Parser:
+    def parse_args(self, argv):
+        return argparse.Namespace(command=run)
+
+module._parser = Parser
+sys.exit(module.main([]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "said"), [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 1, "interrupted")]
+)
+def test_signals_are_heeded_wherever_they_arrive(number: int, code: int, said: str) -> None:
+    """Python forgets what is raised inside a finaliser, where this command is half of the time."""
+    for wait in (0.05, 0.2):
+        process = subprocess.Popen(
+            [sys.executable, "-c", IN_A_FINALISER], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        assert process.stdout is not None and process.stdout.readline() == "begun\n"
+        time.sleep(wait)
+        process.send_signal(number)
+        _, err = process.communicate(timeout=60)
+        assert (process.returncode, err) == (code, f"dnr: {said}\n")
