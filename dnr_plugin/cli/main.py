@@ -80,10 +80,10 @@ def _terminable() -> Iterator[None]:
     raised: list[BaseException] = []
 
     def stop(number: int, frame: object) -> None:
-        raised[:] = [errors.get(number, raised[0] if raised else KeyboardInterrupt())]
-        if hasattr(signal, "setitimer"):
-            signal.setitimer(signal.ITIMER_REAL, _AGAIN)
-        raise raised[0]
+        raised.append(errors.get(number, raised[-1] if raised else KeyboardInterrupt()))
+        if hasattr(signal, "setitimer"):  # later each time, lest it keeps step with what swallows it
+            signal.setitimer(signal.ITIMER_REAL, _AGAIN * 1.2 ** len(raised))
+        raise raised[-1]
 
     def ignored(problem: sys.UnraisableHookArgs) -> None:
         if problem.exc_value not in raised:
