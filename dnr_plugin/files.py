@@ -13,7 +13,7 @@ from typing import IO, Any
 from dnr_plugin.errors import InputError, first_line
 
 _held: set[Path] = set()  # folders that this process has locked
-_TEMPORARY = ".tmp"  # ends the names of files half written, which begin with a dot
+_TEMPORARY = ".dnr-tmp"  # ends the names of files half written, which begin with a dot
 
 
 def existing_folder(folder: Path) -> Path:
