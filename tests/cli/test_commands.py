@@ -282,5 +282,8 @@ def test_signals_are_heeded_wherever_they_arrive(number: int, code: int, said: s
         assert process.stdout is not None and process.stdout.readline() == "begun\n"
         time.sleep(wait)
         process.send_signal(number)
-        _, err = process.communicate(timeout=60)
+        try:
+            _, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
         assert (process.returncode, err) == (code, f"dnr: {said}\n")
