@@ -56,12 +56,12 @@ def _expected(option: dict[str, Any], given: Any = None) -> str:
         return f"text matching {option['pattern']}"
     if option.get("maximum", 0) >= _FAR and not (isinstance(given, int | float) and given > option["maximum"]):
         option = {key: value for key, value in option.items() if key != "maximum"}
-    bounds = [
-        f"{words} {int(option[key]) if option[key] == int(option[key]) else option[key]}"
-        for key, words in _BOUNDS.items()
-        if key in option
-    ]
+    bounds = [f"{words} {_number(option[key])}" for key, words in _BOUNDS.items() if key in option]
     return " ".join([_KINDS[option["type"]], " and ".join(bounds)]).strip()
+
+
+def _number(value: float) -> str:
+    return f"{value:g}" if value != int(value) or abs(value) >= 1e15 else str(int(value))
 
 
 def problem_line(error: Any, document: Document) -> str:

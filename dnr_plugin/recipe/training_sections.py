@@ -60,7 +60,7 @@ class TrainOptions(Section):
     epochs: int = Field(ge=0, le=1_000_000, description="passes over the training images")
     batch_size: int = Field(default=128, ge=2, le=MOST, description="images per step")
     optimizer: Literal["sgd", "adam", "adamw"] = Field(default="sgd", description="torch.optim's")
-    lr: float = Field(default=0.1, gt=0.0, le=1000.0, description="highest learning rate")
+    lr: float = Field(default=0.1, gt=0.0, le=1e30, description="highest learning rate")
     momentum: float | None = Field(default=None, ge=0.0, lt=1.0, description="sgd only; 0.9 by default")
     nesterov: bool = Field(default=False, description="sgd only; needs momentum")
     weight_decay: float = Field(default=5e-4, ge=0.0, le=1000.0, description="on every parameter")
@@ -89,4 +89,4 @@ class TrainOptions(Section):
 
 
 class FinetuneOptions(TrainOptions):
-    lr: float = Field(default=0.01, gt=0.0, le=1000.0, description="highest learning rate")
+    lr: float = Field(default=0.01, gt=0.0, le=1e30, description="highest learning rate")

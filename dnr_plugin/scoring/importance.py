@@ -183,8 +183,8 @@ class DyingNeuronImportance(tp.importance.Importance):  # type: ignore[misc]
         Raises:
             RuntimeError: nothing was observed, or layers were pruned in a way that could not be followed.
         """
-        evidence, root, asked, n = self.evidence(group), self._root(group), asked_by(), len(group[0].idxs)
-        penalty = for_a_penalty(asked)
+        evidence, root, n = self.evidence(group), self._root(group), len(group[0].idxs)
+        penalty = for_a_penalty(asked := asked_by())
         warn_of_little(asked, self._warned, self.why_unscored)
         try:
             score = self._score(group, evidence)
@@ -200,8 +200,7 @@ class DyingNeuronImportance(tp.importance.Importance):  # type: ignore[misc]
             self._note(group, evidence)
         if self.prior:
             score *= self._alive(root, group) ** self.prior
-        tie_break = score_neurons("magnitude", evidence, n)
-        order = lexicographic(score, tie_break)
+        order = lexicographic(score, score_neurons("magnitude", evidence, n))
         dead = judge(evidence, n).dead
         live = ~dead
         if self.normalizer is not None and live.any():
@@ -219,7 +218,7 @@ class DyingNeuronImportance(tp.importance.Importance):  # type: ignore[misc]
         return torch.where(kept, _KEPT * (1.0 + _STEP * rank), distinct)
 
     def _score(self, group: tp.dependency.Group, evidence: Sequence[Evidence]) -> Tensor:
-        """By `score`, raw, float64, shape [n]; a Unscored says why there is none."""
+        """By `score`, raw, float64, shape [n]; an Unscored says why there is none."""
         if not evidence:
             raise Unscored(self.why_unscored(group))
         if self.score != "redundancy":
@@ -322,7 +321,7 @@ class DyingNeuronImportance(tp.importance.Importance):  # type: ignore[misc]
         return judge(evidence, len(group[0].idxs)) if evidence else None
 
     def _look_up(self, group: tp.dependency.Group) -> list[Evidence]:
-        """`evidence`, with a Unscored that says what is missing."""
+        """`evidence`, with an Unscored that says what is missing."""
         if self.observer is None:
             raise RuntimeError(
                 "nothing was observed yet: call the model inside `with importance.observe(model):` before pruning"

@@ -79,7 +79,7 @@ def test_a_benchmark_that_is_resumed_with_more_and_after_a_kill(
     message = refused(capsys, *common, "--resume", "--set", "finetune.lr=0.5", "--set", "prune.target.flops=0.6")
     assert "holds a benchmark of another recipe (there, here): finetune.lr: 0.01, 0.5" in message
     (folder / "cells.jsonl").write_bytes(b"{}\n" + again[1])
-    assert "cells.jsonl:1: expected a cell, found damage: KeyError('seed')" in refused(capsys, *common, "--resume")
+    assert "cells.jsonl:1: expected a cell, found damage: KeyError: 'seed'" in refused(capsys, *common, "--resume")
 
 
 def test_two_processes_may_fill_one_folder(tiny: Path, tmp_path: Path) -> None:

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -115,12 +114,6 @@ def test_a_run_that_removes_after_training_watches_too(tiny: Path, tmp_path: Pat
     assert stages.index("removed") > max(k for k, stage in enumerate(stages) if stage == "check")
 
 
-def _same_but_for_timings(found: Any, expected: Any, calls: int) -> None:
-    for report, _, _ in (found, expected):
-        report["dynamics"].pop("wall_clock_ratio")
-    assert_same(found, expected, calls)
-
-
 @pytest.mark.longest
 @pytest.mark.parametrize("noise", ["all", "live"])
 def test_a_dynamic_run_stopped_anywhere_and_resumed_is_the_same_run(tiny: Path, tmp_path: Path, noise: str) -> None:
@@ -137,7 +130,7 @@ def test_a_dynamic_run_stopped_anywhere_and_resumed_is_the_same_run(tiny: Path, 
         with pytest.raises(Killed):
             run_recipe(recipe, folder, track=stopping_after(calls))
         run_recipe(recipe, folder, resume=True)
-        _same_but_for_timings(lasting(folder), lasting(tmp_path / "straight"), calls)
+        assert_same(lasting(folder), lasting(tmp_path / "straight"), calls)
 
 
 def test_what_a_dynamic_run_removes_cannot_be_changed_underway(tiny: Path, tmp_path: Path) -> None:
@@ -198,7 +191,7 @@ def test_a_dynamic_run_killed_at_ten_random_moments_ends_the_same_ten_times(tiny
         struck.append(process.wait() == -signal.SIGKILL)
         resumed = subprocess.run([*command, str(folder), "--resume"], capture_output=True, text=True)
         assert resumed.returncode == 0, resumed.stderr
-        _same_but_for_timings(lasting(folder), lasting(tmp_path / "straight"), number)
+        assert_same(lasting(folder), lasting(tmp_path / "straight"), number)
     assert sum(struck) >= 5, struck
 
 
