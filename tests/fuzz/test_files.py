@@ -19,6 +19,7 @@ from helpers.whole_runs import Killed, assert_same, lasting, stopping_at
 
 from dnr_plugin import load_pruned, load_recipe, run_recipe
 from dnr_plugin.benchmarks.criteria.run import _earlier
+from dnr_plugin.benchmarks.zoo.run import _rows_of, zoo_table
 from dnr_plugin.cli.main import main
 from dnr_plugin.errors import InputError
 from dnr_plugin.recipe.schema import Recipe
@@ -54,6 +55,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }  # fmt: skip
     (root / "bench").mkdir()
     (root / "bench" / "cells.jsonl").write_text(json.dumps(cell) + "\n" + json.dumps({**cell, "seed": 1}) + "\n")
+    row = {
+        "outcome": "pruned", "dense": {"flops": 2, "params": 2}, "pruned": {"flops": 1, "params": 1}, "neurons": 2,
+        "neurons_removed": 1, "error": [0.1, 0.0], "left": [["a", "b"]], "seconds": 1.0, "reason": None,
+    }  # fmt: skip
+    (root / "zoo.json").write_text(json.dumps({"networks": {"torchvision.resnet18": row}}))
     return root
 
 
@@ -118,6 +124,11 @@ def read_cells(root: Path) -> None:
     _earlier(root / "bench", Recipe.model_validate(TINY), resume=True)
 
 
+def read_zoo(root: Path) -> None:
+    rows = _rows_of(root / "zoo.json", resume=True)
+    zoo_table({"flops": 0.5, "networks": rows}).markdown()
+
+
 KINDS: dict[str, tuple[str, bool, Callable[[Path], None]]] = {
     "report": ("run/report.json", False, read_report),
     "compared report": ("run/report.json", False, read_comparison),
@@ -125,6 +136,7 @@ KINDS: dict[str, tuple[str, bool, Callable[[Path], None]]] = {
     "sweep": ("sweep.json", False, read_sweep),
     "architecture": ("run/architecture.json", False, read_model),
     "cells": ("bench/cells.jsonl", True, read_cells),
+    "zoo": ("zoo.json", False, read_zoo),
     "recipe of a run": ("run/recipe.yaml", False, lambda root: (load_recipe(root / "run" / "recipe.yaml"), None)[1]),
 }
 
