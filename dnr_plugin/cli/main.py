@@ -78,10 +78,11 @@ def _terminable() -> Iterator[None]:
         return
     errors: dict[int, BaseException] = {signal.SIGTERM: _Terminated(), signal.SIGINT: KeyboardInterrupt()}
     raised: list[BaseException] = []
+    timed = hasattr(signal, "setitimer")  # not on Windows
 
     def stop(number: int, frame: object) -> None:
         raised.append(errors.get(number, raised[-1] if raised else KeyboardInterrupt()))
-        if hasattr(signal, "setitimer"):  # later each time, lest it keeps step with what swallows it
+        if timed:  # later each time, lest it keeps step with what swallows it
             signal.setitimer(signal.ITIMER_REAL, _AGAIN * 1.2 ** len(raised))
         raise raised[-1]
 
@@ -89,13 +90,13 @@ def _terminable() -> Iterator[None]:
         if problem.exc_value not in raised:
             told(problem)
 
-    numbers = [*errors, *([signal.SIGALRM] if hasattr(signal, "setitimer") else [])]
+    numbers = [*errors, *([signal.SIGALRM] if timed else [])]
     before = {number: signal.signal(number, stop) for number in numbers}
     told, sys.unraisablehook = sys.unraisablehook, ignored
     try:
         yield
     finally:
-        if hasattr(signal, "setitimer"):
+        if timed:
             signal.setitimer(signal.ITIMER_REAL, 0)
         sys.unraisablehook = told
         for number, handler in before.items():

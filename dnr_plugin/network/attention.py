@@ -45,6 +45,11 @@ class _Headed(nn.Module):
         super().__init__()
         self.channels, self.num_heads = channels, num_heads
 
+    @property
+    def width(self) -> int:
+        """Channels of a head."""
+        return self.channels // self.num_heads
+
     def extra_repr(self) -> str:
         return f"channels={self.channels}, num_heads={self.num_heads}"
 
@@ -124,14 +129,19 @@ class AttentionCore(nn.Module):
     """Attention itself, between projections.
 
     Args:
-        scores, heads: of one attention.
+        channels: of query and key, and of the value.
+        num_heads: heads.
         scale: of the scores.
         dropout: of the probabilities, in train mode.
+        table: see `AttentionHeads`.
     """
 
-    def __init__(self, scores: AttentionScores, heads: AttentionHeads, scale: float, dropout: float) -> None:
+    def __init__(
+        self, channels: int, num_heads: int, scale: float, dropout: float, table: nn.Parameter | None = None
+    ) -> None:
         super().__init__()
-        self.scores, self.heads, self.scale, self.dropout = scores, heads, scale, dropout
+        self.scores, self.heads = AttentionScores(channels, num_heads), AttentionHeads(channels, num_heads, table)
+        self.scale, self.dropout = scale, dropout
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, causal: bool = False,
@@ -185,20 +195,12 @@ class SplitAttention(nn.Module):
 
     Args:
         query, key, value, out: projections.
-        num_heads: heads.
-        scale: of the scores.
-        dropout: of the probabilities.
-        table: see `AttentionHeads`.
+        core: what lies between them.
     """
 
-    def __init__(
-        self, query: nn.Linear, key: nn.Linear, value: nn.Linear, out: nn.Linear, num_heads: int, scale: float,
-        dropout: float, table: nn.Parameter | None = None,
-    ) -> None:  # fmt: skip
+    def __init__(self, query: nn.Linear, key: nn.Linear, value: nn.Linear, out: nn.Linear, core: AttentionCore) -> None:
         super().__init__()
-        self.query, self.key, self.value, self.out = query, key, value, out
-        scores = AttentionScores(query.out_features, num_heads)
-        self.core = AttentionCore(scores, AttentionHeads(value.out_features, num_heads, table), scale, dropout)
+        self.query, self.key, self.value, self.out, self.core = query, key, value, out, core
 
     def projected(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return self.query(query), self.key(key), self.value(value)
@@ -236,8 +238,8 @@ class SplitMultihead(SplitAttention):
     # what nn.TransformerEncoderLayer asks, to run what it has fused or not
     _qkv_same_embed_dim, in_proj_bias, in_proj_weight = False, None, None
 
-    def __init__(self, *args: Any, batch_first: bool, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, *args: Any, batch_first: bool) -> None:
+        super().__init__(*args)
         self.batch_first = batch_first
 
     @property
@@ -279,8 +281,8 @@ class SplitMultihead(SplitAttention):
 class SplitTokens(SplitAttention):
     """Called with tokens, as most vision transformers do."""
 
-    def __init__(self, *args: Any, out_dropout: float, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, *args: Any, out_dropout: float) -> None:
+        super().__init__(*args)
         self.out_dropout = out_dropout
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
@@ -344,19 +346,15 @@ class WindowAttentionCore(AttentionCore):
 class SplitWindows(SplitAttention):
     """Called with a map [N, H, W, C], as torchvision's ``ShiftedWindowAttention``."""
 
-    def __init__(
-        self, *args: Any, out_dropout: float, pairs: Tensor, window: Sequence[int], shift: Sequence[int], **kwargs: Any
-    ) -> None:
-        super().__init__(*args, **kwargs)
+    core: WindowAttentionCore
+
+    def __init__(self, *args: Any, out_dropout: float) -> None:
+        super().__init__(*args)
         self.out_dropout = out_dropout
-        core, self.window = self.core, list(window)
-        self.core = WindowAttentionCore(
-            core.scores, core.heads, core.scale, core.dropout, pairs=pairs, window=window, shift=shift
-        )
 
     def forward(self, x: Tensor) -> Tensor:
-        height, width = x.shape[1:3]
-        padded = F.pad(x, (0, 0, 0, -width % self.window[1], 0, -height % self.window[0]))
+        (height, width), window = x.shape[1:3], self.core.window
+        padded = F.pad(x, (0, 0, 0, -width % window[1], 0, -height % window[0]))
         mixed, _ = self.core(*self.projected(padded, padded, padded), (height, width))
         return F.dropout(self.out(mixed), self.out_dropout, self.training)
 
@@ -382,7 +380,7 @@ def completed(splits: Mapping[str, SplitAttention], removals: Mapping[str, Seque
         stays = torch.ones(heads.channels, dtype=torch.bool)
         stays[gone] = False
         emptied = ~stays.view(heads.num_heads, -1).any(1)
-        channels = emptied.repeat_interleave(scores.channels // scores.num_heads).nonzero().flatten().tolist()
+        channels = emptied.repeat_interleave(scores.width).nonzero().flatten().tolist()
         if channels:
             key = f"{name}.key" if f"{name}.key" in complete else f"{name}.query"
             complete[key] = sorted({*complete.get(key, ()), *channels})
@@ -392,7 +390,8 @@ def completed(splits: Mapping[str, SplitAttention], removals: Mapping[str, Seque
 def beside(heads: str, model: nn.Module) -> dict[str, int]:
     """The query and key of the attention whose `AttentionHeads` has this name -> their channels."""
     name = heads.removesuffix(".core.heads")
-    attention = split_modules(model)[name]
+    attention = model.get_submodule(name)
+    assert isinstance(attention, SplitAttention)
     return {f"{name}.query": attention.query.out_features, f"{name}.key": attention.key.out_features}
 
 

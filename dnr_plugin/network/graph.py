@@ -49,7 +49,17 @@ _MAPPED = {
 }
 
 
-class _RecurrentInputs(tp.pruner.function.BasePruningFunc):  # type: ignore[misc]
+class _Counted(tp.pruner.function.BasePruningFunc):  # type: ignore[misc]
+    """Layers whose channels their kind counts."""
+
+    def get_out_channels(self, layer: nn.Module) -> int:
+        return kind_of(layer).channels[1]
+
+    def get_in_channels(self, layer: nn.Module) -> int:
+        return kind_of(layer).channels[0]
+
+
+class _RecurrentInputs(_Counted):
     """How Torch-Pruning shrinks what a recurrent layer reads; it knows of LSTM alone."""
 
     def prune_in_channels(self, layer: nn.Module, idxs: Sequence[int]) -> nn.Module:
@@ -65,14 +75,8 @@ class _RecurrentInputs(tp.pruner.function.BasePruningFunc):  # type: ignore[misc
     def prune_out_channels(self, layer: nn.Module, idxs: Sequence[int]) -> nn.Module:
         raise NotImplementedError("the hidden units of a recurrent layer are not pruned")
 
-    def get_out_channels(self, layer: nn.Module) -> int:
-        return kind_of(layer).channels[1]
 
-    def get_in_channels(self, layer: nn.Module) -> int:
-        return kind_of(layer).channels[0]
-
-
-class _AttentionScores(tp.pruner.function.BasePruningFunc):  # type: ignore[misc]
+class _AttentionScores(_Counted):
     """How the channels of query and key are counted, which shrink themselves."""
 
     def prune_in_channels(self, layer: nn.Module, idxs: Sequence[int]) -> nn.Module:
@@ -82,10 +86,7 @@ class _AttentionScores(tp.pruner.function.BasePruningFunc):  # type: ignore[misc
     def prune_out_channels(self, layer: nn.Module, idxs: Sequence[int]) -> nn.Module:
         raise NotImplementedError("scores of attention are not pruned")
 
-    def get_in_channels(self, layer: nn.Module) -> int:
-        return kind_of(layer).channels[0]
-
-    get_out_channels = get_in_channels
+    get_out_channels = _Counted.get_in_channels
 
 
 class _AttentionHeads(_AttentionScores):
@@ -101,7 +102,7 @@ class _AttentionHeads(_AttentionScores):
     prune_in_channels = prune_out_channels
 
 
-class _Norms(tp.pruner.function.BasePruningFunc):  # type: ignore[misc]
+class _Norms(_Counted):
     """How Torch-Pruning shrinks a norm, also one without weights, with running statistics or without."""
 
     def prune_out_channels(self, layer: nn.Module, idxs: Sequence[int]) -> nn.Module:
@@ -123,11 +124,6 @@ class _Norms(tp.pruner.function.BasePruningFunc):  # type: ignore[misc]
         return layer
 
     prune_in_channels = prune_out_channels
-
-    def get_out_channels(self, layer: nn.Module) -> int:
-        return kind_of(layer).channels[1]
-
-    get_in_channels = get_out_channels
 
     def get_out_channel_groups(self, layer: nn.Module) -> int:
         return kind_of(layer).blocks

@@ -116,11 +116,11 @@ class Scores(Consumer):
         return channels_second(a)
 
     def matrices(self, each: int) -> list[Tensor]:
-        return [torch.ones(1, self.channels[0] // self.blocks, dtype=torch.float64) for _ in range(self.blocks)]
+        return [torch.ones(1, self.module.width, dtype=torch.float64) for _ in range(self.blocks)]
 
     @property
     def share(self) -> float:
-        return self.channels[0] / self.blocks
+        return float(self.module.width)
 
     def norms(self) -> Tensor:
         return torch.ones(self.channels[0], dtype=torch.float64)
@@ -136,8 +136,3 @@ class Heads(Kind):
     @property
     def channels(self) -> tuple[int, int]:
         return int(self.module.channels), int(self.module.channels)
-
-    @property
-    def width(self) -> int:
-        """Channels of a head."""
-        return int(self.module.channels // self.module.num_heads)

@@ -12,11 +12,13 @@ from torch import Tensor, nn
 
 from dnr_plugin.errors import InputError
 from dnr_plugin.network.attention import (
+    AttentionCore,
     AttentionScores,
     SplitAttention,
     SplitMultihead,
     SplitTokens,
     SplitWindows,
+    WindowAttentionCore,
     split_modules,
 )
 from dnr_plugin.network.calling import (
@@ -49,31 +51,30 @@ def _of_multihead(module: nn.MultiheadAttention) -> SplitAttention:
         raise ValueError("its query, key and value are not of one width, or it adds keys of its own")
     out = nn.Linear(module.embed_dim, module.embed_dim, bias=module.out_proj.bias is not None, device="meta")
     out.weight, out.bias = module.out_proj.weight, module.out_proj.bias
+    core = AttentionCore(module.embed_dim, module.num_heads, module.head_dim**-0.5, module.dropout)
     return SplitMultihead(
-        *_linears(module.in_proj_weight, module.in_proj_bias), out, module.num_heads, module.head_dim**-0.5,
-        module.dropout, batch_first=module.batch_first,
-    )  # fmt: skip
+        *_linears(module.in_proj_weight, module.in_proj_bias), out, core, batch_first=module.batch_first
+    )
 
 
 def _of_joint(module: Any) -> SplitAttention:
     """Of what has a linear layer ``qkv`` and one that is called ``proj``, and no other weights."""
-    heads = module.num_heads
-    linears, windowed = _linears(module.qkv.weight, module.qkv.bias), hasattr(module, "relative_position_bias_table")
-    kept = {module.qkv.weight, module.qkv.bias, module.proj.weight, module.proj.bias}
-    scale = float(getattr(module, "scale", (linears[0].out_features // heads) ** -0.5))
-    if not windowed:
+    heads, linears = module.num_heads, _linears(module.qkv.weight, module.qkv.bias)
+    kept, channels = {*module.qkv.parameters(), *module.proj.parameters()}, linears[0].out_features
+    scale = float(getattr(module, "scale", (channels // heads) ** -0.5))
+    if not hasattr(module, "relative_position_bias_table"):
         if {*module.parameters()} - kept:
             raise ValueError("it has other weights than those of qkv and proj")
-        return SplitTokens(
-            *linears, module.proj, heads, scale, _rate(module, "attn_drop"), out_dropout=_rate(module, "proj_drop")
-        )
+        core = AttentionCore(channels, heads, scale, _rate(module, "attn_drop"))
+        return SplitTokens(*linears, module.proj, core, out_dropout=_rate(module, "proj_drop"))
     table = module.relative_position_bias_table
     if {*module.parameters()} - kept - {table} or not hasattr(module, "attention_dropout"):
         raise ValueError("it has other weights than those of qkv, proj and relative positions")
-    return SplitWindows(
-        *linears, module.proj, heads, scale, module.attention_dropout, table, out_dropout=module.dropout,
+    core = WindowAttentionCore(
+        channels, heads, scale, module.attention_dropout, table,
         pairs=module.relative_position_index, window=module.window_size, shift=module.shift_size,
     )  # fmt: skip
+    return SplitWindows(*linears, module.proj, core, out_dropout=module.dropout)
 
 
 def _rate(module: nn.Module, name: str) -> float:
@@ -154,12 +155,13 @@ def _splits(
     splits, left = dict[str, SplitAttention](), dict[str, str]()
     owners = Counter(p for module in model.modules() for p in {*module.parameters(recurse=False)})
     for name, module in found.items():
+        if any(owners[parameter] > 1 for parameter in module.parameters()):
+            left[name] = "it shares a parameter with another layer"
+            continue
         try:
             splits[name] = _split(module)
         except (ValueError, AttributeError) as error:
             left[name] = str(error)
-        if any(owners[parameter] > 1 for parameter in module.parameters()):
-            left[name] = "it shares a parameter with another layer"
     calls: dict[nn.Module, tuple[Any, Any, Any]] = {}
 
     def note(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -173,7 +175,7 @@ def _splits(
     for name, split in splits.items():
         reason = _unlike(split, calls.get(found[name]))
         if reason is not None:
-            left.setdefault(name, reason)
+            left[name] = reason
     return {name: split for name, split in splits.items() if name not in left}, left
 
 

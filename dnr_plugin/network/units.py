@@ -15,8 +15,6 @@ import torch_pruning as tp
 from torch import Tensor
 
 from dnr_plugin.network.attention import AttentionHeads
-from dnr_plugin.network.kinds import kind_of
-from dnr_plugin.network.sequence_kinds import Heads
 
 _Key = tuple[object, bool, int]
 _known: weakref.WeakKeyDictionary[tp.DependencyGraph, dict[_Key, Tensor]] = weakref.WeakKeyDictionary()
@@ -65,9 +63,9 @@ def _ties(group: tp.dependency.Group, size: int) -> Tensor:
 def _heads(group: tp.dependency.Group, size: int) -> Tensor:
     """Of values of attention, of which whole heads go: the first channel of each one's head; else each its own."""
     for dep, _ in group:
-        kind = kind_of(dep.target.module) if isinstance(dep.target.module, AttentionHeads) else None
-        if isinstance(kind, Heads) and kind.channels[0] == size:
-            return torch.arange(size) // kind.width * kind.width
+        module = dep.target.module
+        if isinstance(module, AttentionHeads) and module.channels == size:
+            return torch.arange(size) // module.width * module.width
     return torch.arange(size)
 
 

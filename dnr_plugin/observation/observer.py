@@ -53,8 +53,10 @@ class _InputHook:
         return {"observer": None, "name": self.name}
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        a = consumer(module).reads(args, kwargs) if self.observer is not None else None
-        if self.observer is not None and a is not None:
+        if self.observer is None:
+            return
+        a = consumer(module).reads(args, kwargs)
+        if a is not None:
             self.observer._read(self.name, module, a)
 
 

@@ -153,14 +153,25 @@ def _runs_in(folder: Path) -> list[Path]:
     index = folder / SWEEP
     if not index.is_file():
         return [folder]
-    try:
-        names = [run["folder"] for run in read_json(index)["runs"]]
-    except InputError:
-        raise
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{index}: expected the list of a sweep's runs, found damage: {one_line(error)}") from error
-    listed = [folder / inside(folder, name, index) for name in names]
+    listed = [folder / run["folder"] for run in listed_runs(index)]
     return [path for path in listed if (path / "report.json").is_file()] or [folder]
+
+
+def listed_runs(index: Path) -> list[dict[str, Any]]:
+    """The runs that the index of a sweep lists, whose folders lie beside it; no more of them is checked.
+
+    Raises:
+        InputError: it cannot be read, lists no runs, or folders elsewhere.
+    """
+    content = read_json(index)
+    try:
+        runs: list[dict[str, Any]] = content["runs"]
+        names = [run["folder"] for run in runs]
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{index}: expected the list of a sweep's runs, found damage: {one_line(error)}") from error
+    for name in names:
+        inside(index.parent, name, index)
+    return runs
 
 
 def _read(folder: Path, name: str) -> Run:

@@ -214,9 +214,9 @@ def stored_events(file: Path) -> list[dict[str, Any]]:
 def _checked(model: type[_Stored], value: Any, where: str, what: str) -> Any:
     try:
         model.model_validate(value)
-    except (ValidationError, RecursionError) as error:
-        if isinstance(error, RecursionError):
-            raise InputError(f"{where}: expected {what}, found damage: nested too deep") from error
+    except RecursionError as error:
+        raise InputError(f"{where}: expected {what}, found damage: nested too deep") from error
+    except ValidationError as error:
         first = error.errors()[0]
         at = ".".join(map(str, first["loc"]))
         raise InputError(f"{where}: expected {what}, found damage: {at}: {first['msg']}"[:300]) from error

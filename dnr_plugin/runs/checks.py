@@ -82,15 +82,22 @@ def check_recipe(recipe: Recipe) -> Prepared:
     example = example_image(in_channels, image_size)
     check_forward(model, example, classes)
     check_pressure(model, recipe)
-    pruned = model
-    if recipe.prune.attention:
-        split_attention(pruned := copied(model), example)
+    pruned = as_pruned(recipe, model, example)
     survey = Survey(pruned, example)
     dense = baseline(pruned, example, survey=survey, verify=recipe.prune.verify)
     target = recipe.prune.target
     if target is not None:
         check_target(pruned, example, target.kind, target.value, limits_of(recipe), dense, survey)
     return Prepared(recipe, model, example, shape, dense)
+
+
+def as_pruned(recipe: Recipe, model: nn.Module, example: Tensor) -> nn.Module:
+    """The model with the layers that a removal finds: a copy with its attention split, where the recipe asks for it."""
+    if not recipe.prune.attention:
+        return model
+    split = copied(model)
+    split_attention(split, example)
+    return split
 
 
 def check_images(recipe: Recipe) -> None:

@@ -14,10 +14,10 @@ from pydantic import ValidationError
 
 from dnr_plugin.devices import pick_device
 from dnr_plugin.errors import InputError, RunError, TargetError, one_line
-from dnr_plugin.files import atomic_write, check_writable, contents, inside, locked, read_json
+from dnr_plugin.files import atomic_write, check_writable, contents, inside, locked
 from dnr_plugin.recipe.load import located, write_recipe
 from dnr_plugin.recipe.schema import Recipe
-from dnr_plugin.reports.comparison import SWEEP, compare_runs
+from dnr_plugin.reports.comparison import SWEEP, compare_runs, listed_runs
 from dnr_plugin.reports.comparison_report import check_output, write_comparison
 from dnr_plugin.runs.checks import check_ranks, check_recipe
 from dnr_plugin.runs.combinations import Planned, combine, raise_wrong, with_folders
@@ -162,17 +162,15 @@ def _earlier(folder: Path, resume: bool) -> list[Planned]:
         raise InputError(
             f"--output: {folder} holds a sweep already: add --resume to go on with it, or name another folder"
         )
+    listed = listed_runs(index)
+    for run in listed:
+        if run.get("dense") is not None:
+            inside(folder, run["dense"], index)
     try:
-        listed = read_json(index)["runs"]
-        for run in listed:
-            for name in (run["folder"], *([] if run["dense"] is None else [run["dense"]])):
-                inside(folder, name, index)
         return [
-            Planned(tuple(run["values"]), Recipe.model_validate(run["recipe"]), str(run["folder"]), run["dense"])
+            Planned(tuple(run["values"]), Recipe.model_validate(run["recipe"]), run["folder"], run["dense"])
             for run in listed
         ]
-    except InputError:
-        raise
     except (ValueError, KeyError, TypeError, ValidationError) as error:
         raise InputError(f"{index}: expected the list of a sweep's runs, found damage: {one_line(error)}") from error
 

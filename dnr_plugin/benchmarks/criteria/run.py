@@ -25,13 +25,9 @@ from dnr_plugin.benchmarks.criteria.grid import Grid, Key
 from dnr_plugin.benchmarks.criteria.plot import criteria_figure
 from dnr_plugin.benchmarks.criteria.tables import PAIRS, markdown, summary
 from dnr_plugin.benchmarks.testbed import Ground, dense_folder, recalibration_images, seeded
-from dnr_plugin.data.registry import data_shape
 from dnr_plugin.devices import device_name, pick_device
 from dnr_plugin.errors import InputError, first_line, one_line
 from dnr_plugin.files import atomic_write, check_writable, contents, locked, read_json_lines
-from dnr_plugin.models.build import build_model
-from dnr_plugin.models.examples import example_image
-from dnr_plugin.network.splitting import split_attention
 from dnr_plugin.pruning.order import SCOPES
 from dnr_plugin.pruning.plan import plan_removal, reachable
 from dnr_plugin.pruning.removal import prune_neurons
@@ -39,7 +35,7 @@ from dnr_plugin.recipe.difference import differing_fields
 from dnr_plugin.recipe.load import load_recipe, write_recipe
 from dnr_plugin.recipe.schema import Recipe
 from dnr_plugin.reports.figures.drawing import save_figure
-from dnr_plugin.runs.checks import check_ranks, check_recipe, limits_of
+from dnr_plugin.runs.checks import Prepared, as_pruned, check_ranks, check_recipe, limits_of
 from dnr_plugin.runs.run_folder import check_folder
 from dnr_plugin.runs.state import Track
 from dnr_plugin.scoring.importance import DyingNeuronImportance
@@ -93,8 +89,7 @@ def run_criteria(
     chosen, folder = pick_device(device), Path(output)
     _check_options(recipe, finetune)
     cells = _earlier(folder, recipe, resume)
-    check_recipe(recipe)
-    _check_levels(recipe, grid.levels)
+    _check_levels(check_recipe(recipe), grid.levels)
     seeds = {seed: seeded(recipe, seed) for seed in grid.seeds}
     for seed, own_recipe in seeds.items():
         check_folder(dense_folder(folder, seed), own_recipe, resume=True)
@@ -140,13 +135,10 @@ def _check_options(recipe: Recipe, finetune: bool) -> None:
         raise InputError(*problems)
 
 
-def _check_levels(recipe: Recipe, levels: Sequence[float]) -> None:
-    classes, in_channels, size = data_shape(recipe.data)
-    model = build_model(recipe.model, classes, in_channels, size)
-    example = example_image(in_channels, size)
-    if recipe.prune.attention:
-        split_attention(model, example)
-    furthest = reachable(model, example, "flops", limits_of(recipe))
+def _check_levels(prepared: Prepared, levels: Sequence[float]) -> None:
+    recipe, example = prepared.recipe, prepared.example
+    model = as_pruned(recipe, prepared.model, example)
+    furthest = reachable(model, example, "flops", limits_of(recipe), prepared.dense)
     problems = [
         f"--levels: expected at least {furthest:.4f}, which is as far as ignored, round_to and max_pruning_ratio "
         f"allow, found {level:g}"

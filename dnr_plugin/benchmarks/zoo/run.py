@@ -90,13 +90,11 @@ def _rows_of(file: Path, resume: bool) -> dict[str, dict[str, Any]]:
         return {}
     if not resume:
         raise InputError(f"--output: expected a folder without {_FILE}, or --resume, found {file}")
+    content = read_json(file)
     try:
-        rows = read_json(file)["networks"]
-        rows = {str(name): {**row, "outcome": str(row["outcome"])} for name, row in rows.items()}
+        rows = {str(name): {**row, "outcome": str(row["outcome"])} for name, row in content["networks"].items()}
         zoo_table({"flops": 1.0, "networks": rows}).markdown()
         return rows
-    except InputError:
-        raise
     except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
         raise InputError(f"{file}: expected the rows of a zoo, found damage: {one_line(error)}") from error
 
