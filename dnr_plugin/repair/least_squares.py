@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -63,22 +65,27 @@ class Task:
     def _fitted(self) -> Task:
         share = max(1, round(len(self.x) * (1.0 - HELD_OUT)))
         fitted, held = slice(None, share), slice(share, None)
-        y = self.goal - self.other
-        first, rest = _Moments.of(self.x[fitted], y[fitted]), _Moments.of(self.x[held], y[held])
-        some = slice(None, None, -(-len(self.weights) // _TRIED))
-        dampings = (*_DAMPINGS, *_HARDER) if self.few else _DAMPINGS
-        damping = self._part(held, some)._damping_by(replace(first, yx=first.yx[some]), dampings)
+        y, some = self.goal - self.other, slice(None, None, -(-len(self.weights) // _TRIED))
+        trial = self._part(held, some)
+        solver: _Solver
+        if self.few:
+            damping = trial._damping_by(_ByRows(trial, self.x[fitted], y[fitted, some]), (*_DAMPINGS, *_HARDER))
+        else:
+            first = _Moments.of(self.x[fitted], y[fitted])
+            damping = trial._damping_by(_ByInputs(trial, replace(first, yx=first.yx[some])), _DAMPINGS)
         if damping is None:
             return self
-        # rows that can be matched whatever they hold prove nothing: those held out stay unseen, to judge later layers
-        rows, moments = (fitted, first) if self.few else (slice(None), first + rest)
-        solver = _Solver(moments, self.weights, self.constant)
-        weights, constants = solver.solve(moments, damping, self.constants)
+        if self.few:
+            # rows that can be matched whatever they hold prove nothing: those held out stay unseen, for later layers
+            rows, solver = fitted, _ByRows(self, self.x[fitted], y[fitted])
+        else:
+            rows, solver = slice(None), _ByInputs(self, first + _Moments.of(self.x[held], y[held]))
+        weights, constants = solver.solve(damping)
         for _ in range(_RECTIFIED if self.rectified else 0):
             # below zero the outputs need not agree, only stay below
             free = torch.minimum(self._outputs(weights, constants), -self.other)
-            moments = moments.towards(self.x[rows], torch.where(self.goal <= 0, free, y)[rows])
-            weights, constants = solver.solve(moments, damping, self.constants)
+            solver = solver.towards(self.x[rows], torch.where(self.goal <= 0, free, y)[rows])
+            weights, constants = solver.solve(damping)
         return replace(self, weights=weights, constants=constants, damping=damping)
 
     @property
@@ -92,12 +99,11 @@ class Task:
             weights=self.weights[outputs], constants=self.constants[outputs],
         )  # fmt: skip
 
-    def _damping_by(self, moments: _Moments, dampings: Sequence[float]) -> float | None:
-        """The damping with which a fit to other rows, of these moments, serves this task best; None where none does."""
-        solver = _Solver(moments, self.weights, self.constant)
+    def _damping_by(self, others: _Solver, dampings: Sequence[float]) -> float | None:
+        """The damping with which a fit to other rows serves this task best; None where none does."""
 
         def loses(damping: float) -> float:
-            return self.lacking(self._outputs(*solver.solve(moments, damping, self.constants)))
+            return self.lacking(self._outputs(*others.solve(damping)))
 
         damping, least = _first_minimum(loses, dampings)
         return damping if least < self.lacking(self.outputs()) else None
@@ -157,26 +163,40 @@ class _Moments:
     def of(cls, x: Tensor, y: Tensor) -> _Moments:
         return cls(outer_products(x, x), outer_products(y, x)[:-1], len(x))
 
-    def towards(self, x: Tensor, y: Tensor) -> _Moments:
-        """The same inputs with other goals."""
-        return _Moments(self.xx, outer_products(y, x)[:-1], self.rows)
-
     def __add__(self, other: _Moments) -> _Moments:
         return _Moments(self.xx + other.xx, self.yx + other.yx, self.rows + other.rows)
 
 
-class _Solver:
-    """Least squares with a pull towards the weights as they are, for several dampings and goals."""
+class _Solver(ABC):
+    """Least squares on some rows with a pull towards the weights as they are, for several dampings and goals.
 
-    def __init__(self, moments: _Moments, start: Tensor, constant: bool) -> None:
-        self.start, self.constant = start, constant
-        self.mean = moments.xx[:-1, -1] / moments.rows * constant
-        self.second = moments.xx[:-1, :-1] / moments.rows - torch.outer(self.mean, self.mean)
-        self.explained = start @ self.second
+    Args:
+        task: its weights and constants, and whether these may change.
+    """
+
+    def __init__(self, task: Task) -> None:
+        self.start, self.constants, self.constant = task.weights, task.constants, task.constant
         self.factors: dict[float, Tensor] = {}
 
-    def solve(self, moments: _Moments, damping: float, constants: Tensor) -> tuple[Tensor, Tensor]:
-        """Weights [out, in] and constants [out]: those given, where they may not change."""
+    @abstractmethod
+    def solve(self, damping: float) -> tuple[Tensor, Tensor]:
+        """Weights [out, in] and constants [out]: those of the task, where they may not change."""
+
+    @abstractmethod
+    def towards(self, x: Tensor, y: Tensor) -> _Solver:
+        """The same inputs with other goals."""
+
+
+class _ByInputs(_Solver):
+    def __init__(self, task: Task, moments: _Moments) -> None:
+        super().__init__(task)
+        self.moments = moments
+        self.mean = moments.xx[:-1, -1] / moments.rows * self.constant
+        self.second = moments.xx[:-1, :-1] / moments.rows - torch.outer(self.mean, self.mean)
+        self.explained = self.start @ self.second
+
+    def solve(self, damping: float) -> tuple[Tensor, Tensor]:
+        moments = self.moments
         if damping not in self.factors:
             self.factors[damping] = factor(self.second, damping)
         goal = moments.yx[:, -1] / moments.rows
@@ -184,6 +204,38 @@ class _Solver:
         if self.constant:
             cross = cross - torch.outer(goal, self.mean)
         else:
-            cross = cross - torch.outer(constants, moments.xx[:-1, -1] / moments.rows)
+            cross = cross - torch.outer(self.constants, moments.xx[:-1, -1] / moments.rows)
         weights = self.start + torch.cholesky_solve((cross - self.explained).T, self.factors[damping]).T
-        return weights, goal - weights @ self.mean if self.constant else constants
+        return weights, goal - weights @ self.mean if self.constant else self.constants
+
+    def towards(self, x: Tensor, y: Tensor) -> _Solver:
+        other = copy.copy(self)
+        other.moments = replace(self.moments, yx=outer_products(y, x)[:-1])
+        return other
+
+
+class _ByRows(_Solver):
+    r"""The same, where there are fewer rows than inputs: :math:`(X^\top X / R + \lambda)^{-1} X^\top` is
+    :math:`X^\top (X X^\top / R + \lambda)^{-1}`."""
+
+    def __init__(self, task: Task, x: Tensor, y: Tensor) -> None:
+        super().__init__(task)
+        x, self.y = x.double(), y.double()
+        self.mean = x.mean(0) * self.constant
+        self.x = x - self.mean
+        self.kernel = self.x @ self.x.T / len(x)
+        self.explained = self.x @ self.start.T
+
+    def solve(self, damping: float) -> tuple[Tensor, Tensor]:
+        rows, inputs = self.x.shape
+        if damping not in self.factors:  # a share of the inputs' mean variance; the kernel has the sum of all
+            self.factors[damping] = factor(self.kernel, damping * rows / inputs)
+        goal = self.y.mean(0) if self.constant else self.constants
+        lacks = (self.y - goal - self.explained) / rows
+        weights = self.start + torch.cholesky_solve(lacks, self.factors[damping]).T @ self.x
+        return weights, goal - weights @ self.mean if self.constant else self.constants
+
+    def towards(self, x: Tensor, y: Tensor) -> _Solver:
+        other = copy.copy(self)
+        other.y = y.double()
+        return other

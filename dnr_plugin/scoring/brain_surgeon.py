@@ -15,18 +15,23 @@ columns of a layer's weights as in Frantar and Alistarh, *Optimal Brain Compress
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from dnr_plugin.linalg import TINY, factor
 
+Matrix = np.ndarray[Any, np.dtype[np.float64]]
+
 # Damping as a share of the mean variance. In a score: of a singular covariance; what it hides costs next to nothing.
 _DAMPING = 1e-4
 _DAMPINGS = (1e-7, 1e-4, 1e-3, 1e-2, 1e-1)
-_PENDING = 64  # rows whose products are taken from a matrix at once: one pass over it instead of one for each neuron
+_SHARE, _LEAST, _MOST = 16, 64, 160  # one in so many inputs is looked at closely, but at least and at most so many
 _COMPACT = 0.75  # share of the neurons that remain when those removed are dropped from memory
 
 
@@ -63,15 +68,51 @@ def damages(readers: Sequence[Reader], neurons: int) -> tuple[list[int], Tensor]
         if reader.covariance.dim() == 1:
             constant.index_add_(0, reader.neurons, _alone(reader))
         elif len(reader.neurons) == 1:  # as of a depthwise convolution, in hundreds: it has no other neuron to lose
-            constant.index_add_(0, reader.neurons, _State(reader).costs())
+            constant.index_add_(0, reader.neurons, _State(reader, neurons).costs())
         else:
-            states.append(_State(reader))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # thousands of small products, for which threads would only wait for each other
-    try:
-        return _one_by_one(states, constant)
-    finally:
-        torch.set_num_threads(threads)
+            states.append(_State(reader, neurons))
+    order, costs = list[int](), list[float]()
+    remaining = torch.arange(neurons)
+    while len(remaining):
+        gone, lost = _round(states, constant, remaining)
+        order += gone
+        costs += lost
+        left = torch.ones(neurons, dtype=torch.bool)
+        left[gone] = False
+        remaining = remaining[left[remaining]]
+        for state in states:
+            state.remove(torch.tensor(gone))
+    return order, torch.tensor(costs, dtype=torch.float64).clamp_min(0.0)
+
+
+def _round(states: Sequence[_State], constant: Tensor, remaining: Tensor) -> tuple[list[int], list[float]]:
+    """The next neurons to go, and what each costs: of the cheapest, one by one, while none of the others is cheaper.
+
+    What those others would cost meanwhile, they cost as of the start of the round: it hardly ever falls.
+    """
+    total = constant.clone()
+    for state in states:
+        total.index_add_(0, state.neurons[state.stays], state.costs())
+    each = max((state.features for state in states), default=1)
+    count = min(max(len(remaining) // _SHARE, _LEAST // each, 1), max(1, _MOST // each))
+    cheapest = remaining[total[remaining].argsort(stable=True)]
+    few, bound = cheapest[:count], float(total[cheapest[count]]) if count < len(cheapest) else math.inf
+    blocks = [block for state in states if (block := state.among(few)) is not None]
+    start = constant[few].numpy()
+    gone, lost = list[int](), list[float]()
+    while len(gone) < len(few):
+        now = start.copy()
+        for block in blocks:
+            now[block.places] += block.costs()
+        now[gone] = math.inf
+        next_ = int(now.argmin())
+        if gone and not now[next_] <= bound:
+            break
+        gone.append(next_)
+        lost.append(float(now[next_]))
+        for block in blocks:
+            block.remove(next_)
+    return few[gone].tolist(), lost
 
 
 def _alone(reader: Reader) -> Tensor:
@@ -80,110 +121,104 @@ def _alone(reader: Reader) -> Tensor:
     return (reader.weights.square().sum(0) * damped)[reader.columns].sum(1)
 
 
-def _one_by_one(states: Sequence[_State], constant: Tensor) -> tuple[list[int], Tensor]:
-    remaining = torch.ones(len(constant), dtype=torch.bool)
-    order, costs = [], torch.zeros_like(constant)
-    for step in range(len(constant)):
-        total = constant.clone()
-        for state in states:
-            total.index_add_(0, state.neurons, state.costs())
-        total[~remaining] = torch.inf
-        gone = int(total.argmin())
-        order.append(gone)
-        costs[step] = total[gone].clamp_min(0.0)
-        remaining[gone] = False
-        for state in states:
-            state.remove(gone)
-    return order, costs
-
-
 class _State:
-    """Inverse covariance and W^T W of one reader, of the neurons that remain.
+    """Inverse covariance and weights of one reader, of the neurons that remain.
 
-    Costs depend on W^T W alone, which is no larger for the many outputs of a wide layer.
-    """
-
-    def __init__(self, reader: Reader) -> None:
-        own = reader.columns.flatten()  # what a removal does to inputs of other groups decides nothing
-        weights, features = reader.weights[:, own], reader.columns.shape[1]
-        inverse = torch.cholesky_inverse(factor(reader.covariance, _DAMPING))[own][:, own]
-        self.inverse, self.squares = _Downdated(inverse, features), _Downdated(weights.T @ weights, features)
-        self.neurons, self.stays = reader.neurons, torch.ones(len(reader.neurons), dtype=torch.bool)
-        self.position = self._positions()
-
-    def costs(self) -> Tensor:
-        """Of each of `neurons`, as things are now; of those that are gone, anything. Shape [K]."""
-        inverse, squares = self.inverse.blocks, self.squares.blocks
-        if inverse.shape[1] == 1:
-            return squares.flatten() / inverse.flatten().clamp_min(TINY)
-        cost: Tensor = torch.linalg.solve(inverse, squares).diagonal(dim1=1, dim2=2).sum(1)
-        return cost
-
-    def remove(self, neuron: int) -> None:
-        block = self.position.get(neuron)
-        if block is None:
-            return
-        self.stays[block] = False
-        # P being rows of C^-1, it loses P^T P_GG^-1 P, and W becomes W - W_G P_GG^-1 P
-        inverse, squares = self.inverse.rows(block), self.squares.rows(block)
-        span = self.inverse.span(block)
-        correction = torch.linalg.solve(inverse[:, span], inverse)
-        half = torch.addmm(squares, squares[:, span], correction, alpha=-0.5)
-        self.inverse.subtract(inverse, correction)
-        self.squares.subtract(torch.cat([correction, half]), torch.cat([half, correction]))
-        self.inverse.blocks[block] = torch.eye(len(inverse), dtype=inverse.dtype)  # can be solved, if for nothing
-        if int(self.stays.sum()) < _COMPACT * len(self.stays):
-            self.inverse.keep(self.stays)
-            self.squares.keep(self.stays)
-            self.neurons, self.stays = self.neurons[self.stays], self.stays[self.stays]
-            self.position = self._positions()
-
-    def _positions(self) -> dict[int, int]:
-        return {neuron: block for block, neuron in enumerate(self.neurons.tolist())}
-
-
-class _Downdated:
-    """A matrix from which products of a few rows are taken, many at a time; its diagonal blocks are always current.
+    Costs depend on W^T W alone, so that of the many outputs of a wide layer a triangular factor stands in for W.
 
     Attributes:
-        blocks: on the diagonal, shape [K, M, M].
+        neurons: that it reads, shape [K]; stays: those of them that remain, bool, shape [K].
+        features: M, its inputs for each.
     """
 
-    def __init__(self, matrix: Tensor, features: int) -> None:
-        self.matrix, self.features = matrix, features
-        shape = (len(matrix) // features, features)
-        self.blocks = matrix.view(*shape, *shape).diagonal(dim1=0, dim2=2).permute(2, 0, 1).clone()
-        self.left, self.right = torch.empty(2, _PENDING + 2 * features, len(matrix), dtype=matrix.dtype)
-        self.pending = 0
+    def __init__(self, reader: Reader, neurons: int) -> None:
+        own = reader.columns.flatten()  # what a removal does to inputs of other groups decides nothing
+        self.features = reader.columns.shape[1]
+        self.inverse = torch.cholesky_inverse(factor(reader.covariance, _DAMPING))[own][:, own]
+        self.weights = reader.weights[:, own]
+        if len(self.weights) > len(own):
+            self.weights = torch.linalg.qr(self.weights, mode="r").R
+        self.neurons, self.stays = reader.neurons, torch.ones(len(reader.neurons), dtype=torch.bool)
+        self.block = torch.full((neurons,), -1)
+        self.block[self.neurons] = torch.arange(len(self.neurons))
 
-    def span(self, block: int) -> slice:
-        return slice(block * self.features, (block + 1) * self.features)
+    def costs(self) -> Tensor:
+        """Of each of `neurons` that stays, shape [K]."""
+        if self.features == 1:
+            squares = self.weights.square().sum(0)
+            return (squares / self.inverse.diagonal().clamp_min(TINY))[self.stays]
+        shape = (len(self.neurons), self.features)
+        inverse = self.inverse.view(*shape, *shape).diagonal(dim1=0, dim2=2).permute(2, 0, 1)[self.stays]
+        weights = self.weights.view(-1, *shape).transpose(0, 1)[self.stays]
+        cost: Tensor = torch.linalg.solve(inverse, weights.mT @ weights).diagonal(dim1=1, dim2=2).sum(1)
+        return cost
 
-    def rows(self, block: int) -> Tensor:
-        """Of one block, shape [M, F]."""
-        own, pending = self.span(block), self.pending
-        return torch.addmm(self.matrix[own], self.left[:pending, own].T, self.right[:pending], alpha=-1.0)
+    def among(self, neurons: Tensor) -> _Block | None:
+        """Some neurons alone, by their place among these; None where it reads none of them."""
+        blocks = self.block[neurons]
+        places = (blocks >= 0).nonzero().flatten()
+        if not len(places):
+            return None
+        own = self._columns(blocks[places])
+        weights = self.weights[:, own]
+        return _Block(self.inverse[own][:, own].numpy(), (weights.T @ weights).numpy(), places.numpy(), self.features)
 
-    def subtract(self, left: Tensor, right: Tensor) -> None:
-        """Takes ``left^T right`` away, of shapes [R, F]."""
-        pending = slice(self.pending, self.pending + len(left))
-        self.left[pending], self.right[pending] = left, right
-        self.pending = pending.stop
-        by_block = (len(left), -1, self.features)
-        self.blocks.baddbmm_(left.view(by_block).permute(1, 2, 0), right.view(by_block).transpose(0, 1), alpha=-1.0)
-        if self.pending >= _PENDING:
-            self._settle()
+    def remove(self, neurons: Tensor) -> None:
+        blocks = self.block[neurons]
+        blocks = blocks[blocks >= 0]
+        if not len(blocks):
+            return
+        own = self._columns(blocks)
+        rows = self.inverse[own]
+        correction = torch.linalg.solve(rows[:, own], rows)
+        self.weights = torch.addmm(self.weights, self.weights[:, own], correction, alpha=-1.0)
+        self.inverse.addmm_(rows.T, correction, alpha=-1.0)
+        self.stays[blocks] = False
+        self.block[neurons] = -1
+        if int(self.stays.sum()) < _COMPACT * len(self.stays):
+            own = self._columns(self.stays.nonzero().flatten())
+            self.inverse, self.weights = self.inverse[own][:, own], self.weights[:, own]
+            self.neurons, self.stays = self.neurons[self.stays], self.stays[self.stays]
+            self.block[self.neurons] = torch.arange(len(self.neurons))
 
-    def keep(self, blocks: Tensor) -> None:
-        """Forgets the others; bool, shape [K]."""
-        self._settle()
-        kept = blocks.repeat_interleave(self.features)
-        self.matrix, self.blocks = self.matrix[kept][:, kept], self.blocks[blocks]
-        self.left, self.right = self.left[:, kept], self.right[:, kept]
+    def _columns(self, blocks: Tensor) -> Tensor:
+        return (blocks[:, None] * self.features + torch.arange(self.features)).flatten()
 
-    def _settle(self) -> None:
-        self.matrix.addmm_(self.left[: self.pending].T, self.right[: self.pending], alpha=-1.0)
-        self.pending = 0
+
+class _Block:
+    """The part of a `_State` that a few neurons need, in NumPy, whose calls take a fifth of torch's time.
+
+    Attributes:
+        inverse, squares: of C^-1 and of W^T W, shape [K * M, K * M].
+        places: of its neurons among those looked at, shape [K].
+    """
+
+    def __init__(self, inverse: Matrix, squares: Matrix, places: Matrix, features: int) -> None:
+        self.inverse, self.squares, self.places, self.features = inverse, squares, places, features
+        self.number = {int(place): number for number, place in enumerate(places)}
+
+    def costs(self) -> Matrix:
+        """Of each of its neurons, as things are now; of those that are gone, anything. Shape [K]."""
+        if self.features == 1:
+            return self.squares.diagonal() / np.maximum(self.inverse.diagonal(), TINY)
+        blocks = np.arange(len(self.inverse)).reshape(-1, self.features)
+        inverse, squares = (m[blocks[:, :, None], blocks[:, None]] for m in (self.inverse, self.squares))
+        cost: Matrix = np.trace(np.linalg.solve(inverse, squares), axis1=1, axis2=2)
+        return cost
+
+    def remove(self, place: int) -> None:
+        number = self.number.get(place)
+        if number is None:
+            return
+        span = slice(number * self.features, (number + 1) * self.features)
+        # P being rows of C^-1, it loses P^T P_GG^-1 P, and W becomes W - W_G P_GG^-1 P
+        inverse, squares = self.inverse[span], self.squares[span]
+        own = inverse[:, span]
+        correction = inverse / own if self.features == 1 else np.linalg.solve(own, inverse)
+        half = squares - 0.5 * squares[:, span] @ correction
+        self.inverse -= inverse.T @ correction
+        self.squares -= np.concatenate([correction, half]).T @ np.concatenate([half, correction])
+        self.inverse[span, span] = np.eye(self.features)  # can be solved, if for nothing
 
 
 def reproduce(covariances: Sequence[Tensor], gone: Tensor, weights: Tensor) -> Tensor:
