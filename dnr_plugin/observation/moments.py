@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dnr_plugin.linalg import outer_products
+from dnr_plugin.linalg import factor, outer_products
 from dnr_plugin.network.kinds import consumer
 
 # Patches of up to this many values are read whole; of wider layers, and transposed ones, channels alone.
@@ -42,6 +42,7 @@ class Moments:
         self.features = features
         self.batches = 0
         size = channels * features + 1
+        self._inverse: tuple[int, float, Tensor] | None = None
         self.sums = torch.zeros(2, size, size, dtype=torch.float64, device=device)
 
     @property
@@ -87,6 +88,7 @@ class Moments:
     def merged(self, other: Moments) -> Moments:
         """Of both together."""
         both = copy.copy(self)
+        both._inverse = None
         both.sums, both.batches = self.sums + other.sums.to(self.sums.device), self.batches + other.batches
         return both
 
@@ -94,6 +96,7 @@ class Moments:
         """Of these channels alone, in this order."""
         columns = torch.cat([self.columns(channels).flatten(), torch.tensor([self.sums.shape[1] - 1])])
         kept, columns = copy.copy(self), columns.to(self.sums.device)
+        kept._inverse = None
         kept.sums = self.sums[:, columns][:, :, columns]
         return kept
 
@@ -105,6 +108,7 @@ class Moments:
         """Goes on from what `state_dict` returned, for as many inputs."""
         self.sums.copy_(state["sums"])
         self.batches = state["batches"]
+        self._inverse = None
 
     def columns(self, channels: Tensor) -> Tensor:
         """Numbers of the inputs that belong to channels: [K] -> [K, features], int64."""
@@ -125,3 +129,14 @@ class Moments:
         # where means are large the difference is of rounding, and may be negative
         rounding = _ROUNDING * second[:-1, :-1].diagonal().mean() * torch.eye(len(mean), dtype=torch.float64)
         return mean, second[:-1, :-1] - torch.outer(mean, mean) + rounding
+
+    def inverse(self, damping: float) -> Tensor:
+        """Of the covariance, damped as in `linalg.factor`; remembered, for the many groups that a concatenation holds.
+
+        Returns:
+            Float64, shape [F, F]; not to be changed.
+        """
+        if self._inverse is None or self._inverse[:2] != (self.rows, damping):
+            covariance = self.mean_and_covariance()[1]
+            self._inverse = self.rows, damping, torch.cholesky_inverse(factor(covariance, damping))
+        return self._inverse[2]

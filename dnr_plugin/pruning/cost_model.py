@@ -70,13 +70,28 @@ class CostModel:
         Args:
             effect: (module name, "in" or "out") -> channels that go.
         """
+        flops, params = self._change(effect)
+        self.flops += flops
+        self.params += params
+
+    def saved(self, effect: Effect) -> tuple[float, float]:
+        """(FLOPs, parameters) that `remove` would take; takes nothing."""
+        gone = {name: [*self._layers[name].gone] for name, _ in effect}
+        flops, params = self._change(effect)
+        for name, before in gone.items():
+            self._layers[name].gone = before
+        return -flops, -params
+
+    def _change(self, effect: Effect) -> tuple[float, float]:
+        flops = params = 0.0
         for (name, side), count in effect.items():
             layer = self._layers[name]
-            flops, params = layer.cost()
+            before = layer.cost()
             layer.gone[side == "out"] += count
-            new_flops, new_params = layer.cost()
-            self.flops += new_flops - flops
-            self.params += new_params - params
+            after = layer.cost()
+            flops += after[0] - before[0]
+            params += after[1] - before[1]
+        return flops, params
 
 
 def effect_per_unit(

@@ -52,15 +52,13 @@ def savings_of(
     all in the scopes that do not ask."""
     if scope not in _WEIGHING:
         return [[1.0] * len(layer.parts) for layer in layers]
-    savings = []
+    savings, cost = [], CostModel(model, report)
     for layer in layers:
         each = layer.size / layer.units
         of_parts = []
         for part in layer.parts:
-            cost = CostModel(model, report)
-            before = cost.flops, cost.params
-            cost.remove({key: count / each for key, count in part.effect.items()})
-            of_parts.append(max(target.saved(before[0] - cost.flops, before[1] - cost.params), 1e-9) ** _WEIGHT)
+            flops, params = cost.saved({key: count / each for key, count in part.effect.items()})
+            of_parts.append(max(target.saved(flops, params), 1e-9) ** _WEIGHT)
         savings.append(of_parts)
     return savings
 

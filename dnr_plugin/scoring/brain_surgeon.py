@@ -29,7 +29,7 @@ from dnr_plugin.linalg import TINY, factor
 Matrix = np.ndarray[Any, np.dtype[np.float64]]
 
 # Damping as a share of the mean variance. In a score: of a singular covariance; what it hides costs next to nothing.
-_DAMPING = 1e-4
+DAMPING = 1e-4
 _DAMPINGS = (1e-7, 1e-4, 1e-3, 1e-2, 1e-1)
 _SHARE, _LEAST, _MOST = 16, 64, 160  # one in so many inputs is looked at closely, but at least and at most so many
 _COMPACT = 0.75  # share of the neurons that remain when those removed are dropped from memory
@@ -40,16 +40,24 @@ class Reader:
     """A layer, or one group of a grouped convolution, that reads the neurons of a group.
 
     Attributes:
-        covariance: of its inputs, float64, shape [F, F]; or variances alone, shape [F], where no more is known.
+        inverse: of the damped covariance of its inputs (`inverse_of`), float64, shape [F, F]; or of variances alone,
+            shape [F], where no more is known.
         weights: rows of outputs, in units that compare between layers, float64, shape [O, F].
         neurons: the neurons that it reads, shape [K].
         columns: the inputs that carry each of these, shape [K, M].
     """
 
-    covariance: Tensor
+    inverse: Tensor
     weights: Tensor
     neurons: Tensor
     columns: Tensor
+
+
+def inverse_of(covariance: Tensor) -> Tensor:
+    """What a `Reader` holds: the damped inverse of a covariance [F, F] or of variances [F]."""
+    if covariance.dim() == 1:
+        return 1.0 / (covariance + DAMPING * covariance.mean() + TINY)
+    return torch.cholesky_inverse(factor(covariance, DAMPING))
 
 
 def damages(readers: Sequence[Reader], neurons: int) -> tuple[list[int], Tensor]:
@@ -65,7 +73,7 @@ def damages(readers: Sequence[Reader], neurons: int) -> tuple[list[int], Tensor]
     """
     constant, states = torch.zeros(neurons, dtype=torch.float64), []
     for reader in readers:
-        if reader.covariance.dim() == 1:
+        if reader.inverse.dim() == 1:
             constant.index_add_(0, reader.neurons, _alone(reader))
         elif len(reader.neurons) == 1:  # as of a depthwise convolution, in hundreds: it has no other neuron to lose
             constant.index_add_(0, reader.neurons, _State(reader, neurons).costs())
@@ -117,16 +125,14 @@ def _round(states: Sequence[_State], constant: Tensor, remaining: Tensor) -> tup
 
 def _alone(reader: Reader) -> Tensor:
     """Cost of each neuron where no other stands in for it, shape [K]."""
-    damped = reader.covariance + _DAMPING * reader.covariance.mean() + TINY
-    return (reader.weights.square().sum(0) * damped)[reader.columns].sum(1)
+    return (reader.weights.square().sum(0) / reader.inverse)[reader.columns].sum(1)
 
 
 class _State:
     """Inverse covariance and weights of one reader, of the neurons that remain.
 
-    Costs depend on W^T W alone, so that of the many outputs of a wide layer a triangular factor stands in for W.
-
     Attributes:
+        inverse: shape [K * M, K * M]; weights: with a row for each input, which lie together, shape [K * M, O].
         neurons: that it reads, shape [K]; stays: those of them that remain, bool, shape [K].
         features: M, its inputs for each.
     """
@@ -134,10 +140,8 @@ class _State:
     def __init__(self, reader: Reader, neurons: int) -> None:
         own = reader.columns.flatten()  # what a removal does to inputs of other groups decides nothing
         self.features = reader.columns.shape[1]
-        self.inverse = torch.cholesky_inverse(factor(reader.covariance, _DAMPING))[own][:, own]
-        self.weights = reader.weights[:, own]
-        if len(self.weights) > len(own):
-            self.weights = torch.linalg.qr(self.weights, mode="r").R
+        self.inverse = reader.inverse[own][:, own]
+        self.weights = reader.weights.T[own]
         self.neurons, self.stays = reader.neurons, torch.ones(len(reader.neurons), dtype=torch.bool)
         self.block = torch.full((neurons,), -1)
         self.block[self.neurons] = torch.arange(len(self.neurons))
@@ -145,12 +149,12 @@ class _State:
     def costs(self) -> Tensor:
         """Of each of `neurons` that stays, shape [K]."""
         if self.features == 1:
-            squares = self.weights.square().sum(0)
+            squares: Tensor = torch.linalg.vector_norm(self.weights, dim=1).square()
             return (squares / self.inverse.diagonal().clamp_min(TINY))[self.stays]
         shape = (len(self.neurons), self.features)
         inverse = self.inverse.view(*shape, *shape).diagonal(dim1=0, dim2=2).permute(2, 0, 1)[self.stays]
-        weights = self.weights.view(-1, *shape).transpose(0, 1)[self.stays]
-        cost: Tensor = torch.linalg.solve(inverse, weights.mT @ weights).diagonal(dim1=1, dim2=2).sum(1)
+        weights = self.weights.view(*shape, -1)[self.stays]
+        cost: Tensor = torch.linalg.solve(inverse, weights @ weights.mT).diagonal(dim1=1, dim2=2).sum(1)
         return cost
 
     def among(self, neurons: Tensor) -> _Block | None:
@@ -160,8 +164,8 @@ class _State:
         if not len(places):
             return None
         own = self._columns(blocks[places])
-        weights = self.weights[:, own]
-        return _Block(self.inverse[own][:, own].numpy(), (weights.T @ weights).numpy(), places.numpy(), self.features)
+        weights = self.weights[own]
+        return _Block(self.inverse[own[:, None], own].numpy(), (weights @ weights.T).numpy(), places, self.features)
 
     def remove(self, neurons: Tensor) -> None:
         blocks = self.block[neurons]
@@ -171,13 +175,13 @@ class _State:
         own = self._columns(blocks)
         rows = self.inverse[own]
         correction = torch.linalg.solve(rows[:, own], rows)
-        self.weights = torch.addmm(self.weights, self.weights[:, own], correction, alpha=-1.0)
+        self.weights.addmm_(correction.T, self.weights[own], alpha=-1.0)
         self.inverse.addmm_(rows.T, correction, alpha=-1.0)
         self.stays[blocks] = False
         self.block[neurons] = -1
         if int(self.stays.sum()) < _COMPACT * len(self.stays):
             own = self._columns(self.stays.nonzero().flatten())
-            self.inverse, self.weights = self.inverse[own][:, own], self.weights[:, own]
+            self.inverse, self.weights = self.inverse[own][:, own], self.weights[own]
             self.neurons, self.stays = self.neurons[self.stays], self.stays[self.stays]
             self.block[self.neurons] = torch.arange(len(self.neurons))
 
@@ -193,9 +197,9 @@ class _Block:
         places: of its neurons among those looked at, shape [K].
     """
 
-    def __init__(self, inverse: Matrix, squares: Matrix, places: Matrix, features: int) -> None:
-        self.inverse, self.squares, self.places, self.features = inverse, squares, places, features
-        self.number = {int(place): number for number, place in enumerate(places)}
+    def __init__(self, inverse: Matrix, squares: Matrix, places: Tensor, features: int) -> None:
+        self.inverse, self.squares, self.places, self.features = inverse, squares, places.numpy(), features
+        self.number = {place: number for number, place in enumerate(places.tolist())}
 
     def costs(self) -> Matrix:
         """Of each of its neurons, as things are now; of those that are gone, anything. Shape [K]."""
@@ -246,7 +250,7 @@ def reproduce(covariances: Sequence[Tensor], gone: Tensor, weights: Tensor) -> T
         return float(((difference @ covariance) * difference).sum())
 
     whole, *halves = covariances
-    damping = _DAMPING
+    damping = DAMPING
     if len(halves) == 2:
         first, second = halves
         errors = {d: error(fit(first, d), second) + error(fit(second, d), first) for d in _DAMPINGS}

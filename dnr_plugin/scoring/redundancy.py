@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from dnr_plugin.network.batchnorm import affine, norm_behind
 from dnr_plugin.network.dependencies import Unscored, Use
 from dnr_plugin.network.kinds import consumer
-from dnr_plugin.scoring.brain_surgeon import Reader, damages
+from dnr_plugin.scoring.brain_surgeon import DAMPING, Reader, damages, inverse_of
 from dnr_plugin.scoring.evidence import Evidence
 
 
@@ -37,33 +38,43 @@ def readers(graph: tp.DependencyGraph, evidence: Sequence[Evidence]) -> list[Rea
 def _readers(graph: tp.DependencyGraph, e: Evidence) -> list[Reader]:
     module, moments = e.use.module, e.activity.moments
     features = 1 if moments is None else moments.features
-    # too wide for moments: nothing is known of how its inputs go together
-    covariance = e.activity.variance.cpu() if moments is None else moments.mean_and_covariance()[1]
     matrices = consumer(module).matrices(features)
     scale = _scale(graph, module)
     size = e.activity.channels // len(matrices)
+    # several groups of a concatenation share what it takes long to invert
+    shared = moments if len(matrices) == 1 and len(e.use.channels) < e.activity.channels else None
+
+    @functools.cache
+    def covariance() -> Tensor:
+        # too wide for moments: nothing is known of how its inputs go together
+        return e.activity.variance.cpu() if moments is None else moments.mean_and_covariance()[1]
+
+    def inside(part: slice) -> Tensor:
+        return covariance()[(part,) * covariance().dim()]
+
     by_matrix = []
     for number, weights in enumerate(matrices):
-        inside = (e.use.channels // size) == number
-        if not inside.any():
+        here = (e.use.channels // size) == number
+        if not here.any():
             continue
         start = number * size
         part = slice(start * features, (start + size) * features)
-        own = covariance[(part,) * covariance.dim()]
         if scale is None:
+            own = inside(part)
             explained = weights @ own if own.dim() == 2 else weights * own
             spread = (explained * weights).sum(1).mean().clamp_min(1e-30).sqrt()
             scaled = weights / spread * consumer(module).share ** 0.5
         else:
             outputs = scale.chunk(len(matrices))[number]
             scaled = weights * outputs.repeat_interleave(len(weights) // len(outputs))[:, None]
-        neurons, counts = torch.unique(e.use.neurons[inside], return_counts=True)
+        neurons, counts = torch.unique(e.use.neurons[here], return_counts=True)
         if len(counts.unique()) > 1:
             raise Unscored("its neurons have different numbers of channels at one layer")
-        order = e.use.neurons[inside].argsort(stable=True)
-        channels = (e.use.channels[inside] - start)[order].view(len(neurons), -1)
+        order = e.use.neurons[here].argsort(stable=True)
+        channels = (e.use.channels[here] - start)[order].view(len(neurons), -1)
         columns = (channels[:, :, None] * features + torch.arange(features)).flatten(1)
-        by_matrix.append(Reader(own, scaled, neurons, columns))
+        inverse = inverse_of(inside(part)) if shared is None else shared.inverse(DAMPING)
+        by_matrix.append(Reader(inverse, scaled, neurons, columns))
     return by_matrix
 
 

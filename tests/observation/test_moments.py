@@ -195,3 +195,28 @@ def test_means_that_are_large_against_variances_break_nothing(spread: float, sco
     group.prune()
     assert all(torch.isfinite(p).all() for p in model.parameters())
     torch.testing.assert_close(model(x[0]), before(x[0]), rtol=1e-3, atol=0.1)
+
+
+def test_the_inverse_is_of_what_was_read_so_far() -> None:
+    """Remembered while nothing changes, and never of other sums than these."""
+    module, moments = nn.Conv2d(3, 4, 1), Moments(3, 1)
+    batches = torch.randn(3, 4, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+
+    def right(moments: Moments, damping: float = 1e-4) -> bool:
+        covariance = moments.mean_and_covariance()[1]
+        covariance.diagonal().add_(damping * covariance.diagonal().mean())
+        return torch.allclose(moments.inverse(damping) @ covariance, torch.eye(len(covariance)).double(), atol=1e-6)
+
+    moments.update(module, batches[0])
+    assert right(moments)
+    assert moments.inverse(1e-4) is moments.inverse(1e-4)
+    assert right(moments, 1e-2)
+    moments.update(module, batches[1])
+    assert right(moments)
+    assert right(moments.kept(torch.tensor([2, 0])))
+    assert right(moments.merged(moments))
+    other = Moments(3, 1)
+    other.update(module, batches[2])
+    other.inverse(1e-4)
+    other.load_state_dict(moments.state_dict())
+    assert right(other)

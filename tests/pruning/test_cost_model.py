@@ -129,3 +129,20 @@ def test_bare_parameters_shrink_with_the_group() -> None:
     prune_neurons(model, x, {"conv": [0, 4, 5]})
     assert model.scale.numel() == 5
     assert cost.params == pytest.approx(count_params(model))
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_what_would_be_saved_is_what_a_removal_takes(name: str) -> None:
+    """And asking takes nothing."""
+    torch.manual_seed(0)
+    model, x = NETS[name](), torch.randn(1, 3, 8, 8)
+    report, graph = flop_report(model, x), build_graph(model, x)
+    names, cost = {module: name for name, module in model.named_modules()}, CostModel(model, report)
+    for group in list(graph.get_all_groups())[:2]:
+        effect = effect_per_unit(group, names, units(group), range(int(units(group).max()) + 1))
+        before = cost.flops, cost.params
+        saved = cost.saved(effect)
+        assert (cost.flops, cost.params) == before
+        assert cost.saved(effect) == saved
+        cost.remove(effect)
+        assert (before[0] - cost.flops, before[1] - cost.params) == pytest.approx(saved)

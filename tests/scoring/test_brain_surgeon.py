@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from dnr_plugin.scoring.brain_surgeon import Reader, damages, reproduce
+from dnr_plugin.scoring.brain_surgeon import Reader, damages, inverse_of, reproduce
 
 
 def lost(x: np.ndarray, w: np.ndarray, gone: list[int]) -> float:
@@ -48,7 +48,7 @@ def made(
 
 def reader(x: np.ndarray, w: np.ndarray, neurons: list[int], columns: list[list[int]]) -> Reader:
     covariance = torch.from_numpy(np.cov(x.T, bias=True).reshape(x.shape[1], x.shape[1]))
-    return Reader(covariance, torch.from_numpy(w), torch.tensor(neurons), torch.tensor(columns))
+    return Reader(inverse_of(covariance), torch.from_numpy(w), torch.tensor(neurons), torch.tensor(columns))
 
 
 def single(x: np.ndarray, w: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[int], list[list[int]]]:
@@ -89,6 +89,52 @@ def test_damages_equal_brute_force(name: str, seed: int) -> None:
     np.testing.assert_allclose(costs, each, rtol=5e-2, atol=5e-3 * sum(each))
     assert costs.dtype == torch.float64
     assert (costs >= 0).all()
+
+
+def greedy(readers: list[tuple[np.ndarray, np.ndarray, int]], n: int) -> tuple[list[int], np.ndarray]:
+    """Always the cheapest of all, of readers that are an inverse [n * M, n * M], weights and M."""
+    readers, order, costs = [(p.copy(), w.copy(), m) for p, w, m in readers], [], []
+    while len(order) < n:
+        total = np.zeros(n)
+        for p, w, m in readers:
+            for k in set(range(n)) - set(order):
+                own = slice(k * m, (k + 1) * m)
+                total[k] += np.trace(np.linalg.solve(p[own, own], w[:, own].T @ w[:, own]))
+        total[order] = np.inf
+        gone = int(total.argmin())
+        order.append(gone)
+        costs.append(total[gone])
+        for p, w, m in readers:
+            own = slice(gone * m, (gone + 1) * m)
+            correction = np.linalg.solve(p[own, own], p[own])
+            w -= w[:, own] @ correction
+            p -= p[:, own] @ correction
+    return order, np.array(costs)
+
+
+@pytest.mark.parametrize(("neurons", "features"), [(300, (1,)), (220, (1, 1)), (48, (4,)), (40, (1, 4))])
+@pytest.mark.parametrize("twins", [False, True], ids=["", "twins"])
+def test_rounds_take_what_one_by_one_would(neurons: int, features: tuple[int, ...], twins: bool) -> None:
+    """Far more neurons than are looked at closely at a time; of twins only one is free."""
+    draw, made_of = np.random.default_rng(neurons), []
+    for m in features:
+        size = neurons * m
+        x = draw.normal(size=(4 * size, size)) @ (np.eye(size) + draw.normal(size=(size, size)) / size**0.5)
+        if twins:
+            x[:, size // 2 :] = x[:, : size - size // 2]
+        w = draw.normal(size=(20, size)) * 1.3 ** draw.permutation(size).clip(0, 20)
+        made_of.append((inverse_of(torch.from_numpy(np.cov(x.T, bias=True))), torch.from_numpy(w), m))
+    columns = {m: torch.arange(neurons * m).view(neurons, m) for m in features}
+    before = [(p.clone(), w.clone()) for p, w, _ in made_of]
+    order, costs = damages([Reader(p, w, torch.arange(neurons), columns[m]) for p, w, m in made_of], neurons)
+    expected, each = greedy([(p.numpy(), w.numpy(), m) for p, w, m in made_of], neurons)
+    assert sorted(order) == [*range(neurons)]
+    for share in (4, 2):
+        count = neurons // share
+        if not twins:  # of which either may go
+            assert len({*order[:count]} & {*expected[:count]}) >= 0.85 * count
+        assert float(costs[:count].sum()) <= 1.02 * each[:count].sum() + 1e-9
+    assert all(torch.equal(p, a) and torch.equal(w, b) for (p, w, _), (a, b) in zip(made_of, before, strict=True))
 
 
 @pytest.mark.parametrize("features", [1, 4])
@@ -132,7 +178,7 @@ def test_the_sum_of_damages_is_what_the_outputs_lose(neurons: int, each: int) ->
     x -= x.mean(0)
     covariance = torch.from_numpy(x.T @ x / len(x))
     columns = np.arange(features).reshape(neurons, each)
-    read = Reader(covariance, torch.from_numpy(w), torch.arange(neurons), torch.from_numpy(columns))
+    read = Reader(inverse_of(covariance), torch.from_numpy(w), torch.arange(neurons), torch.from_numpy(columns))
     order, costs = damages([read], neurons)
     for count in (1, neurons // 2, neurons - 1):
         gone = torch.zeros(features, dtype=torch.bool)
