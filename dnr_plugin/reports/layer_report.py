@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dnr_plugin.models.saved import saved_model
 from dnr_plugin.network.attention import split_modules
 from dnr_plugin.network.cost import FlopReport, flop_report
+from dnr_plugin.network.flop_handles import multiplies_matrices
 from dnr_plugin.network.splitting import split_named
 from dnr_plugin.reports.table import Table
 
@@ -61,13 +62,35 @@ def report_model(folder: Path, shape: str | None, allow_import: bool) -> tuple[d
         "layers": layer_rows(dense, pruned),
         "unsupported_ops": pruned.unsupported_ops,
     }
-    uncounted = ", ".join(pruned.unsupported_ops) or "nothing"
     notes = [
         f"Kept {100 * report['kept']['params']:.2f} % of the parameters and {100 * report['kept']['flops']:.2f} % of "
         f"the FLOPs for an image of {'x'.join(map(str, example.shape[1:]))}.",
-        f"Not counted by fvcore: {uncounted}. {NOTE}",
+        *uncounted(pruned.unsupported_ops),
+        NOTE,
     ]
     return report, notes
+
+
+def uncounted(operators: Mapping[str, int]) -> list[str]:
+    """What a reader should know of operators that are not in the FLOPs: a warning, and a footnote.
+
+    Args:
+        operators: how often each ran, as ``unsupported_ops`` of a report has them.
+    """
+
+    def named(names: Iterable[str]) -> str:
+        return ", ".join(f"{name} ({operators[name]}x)" for name in names)
+
+    products = [name for name in operators if multiplies_matrices(name)]
+    others = [name for name in operators if name not in products]
+    lines = []
+    if products:
+        lines.append(
+            f"Warning: the FLOPs are too low, as they lack what multiplies matrices, or may: {named(products)}."
+        )
+    if others:
+        lines.append(f"Not in the FLOPs, as it works element by element: {named(others)}.")
+    return lines
 
 
 def layer_table(rows: Sequence[Mapping[str, Any]], title: str = "") -> Table:

@@ -12,7 +12,7 @@ from dnr_plugin.files import atomic_write
 from dnr_plugin.reports.figures.drawing import save_figures
 from dnr_plugin.reports.figures.run import RUN_CAPTIONS, run_figures
 from dnr_plugin.reports.html import html_images, html_items, html_page
-from dnr_plugin.reports.layer_report import NOTE, layer_table
+from dnr_plugin.reports.layer_report import NOTE, layer_table, uncounted
 from dnr_plugin.reports.table import Table, markdown_items, plain_markdown
 
 
@@ -85,9 +85,7 @@ def facts(report: Mapping[str, Any]) -> list[str]:
     if report["skipped"]:
         named = "; ".join(f"{item['layer']} ({item['reason']})" for item in report["skipped"])
         lines.append(f"Left alone: {named}.")
-    if report["unsupported_ops"]:
-        named = ", ".join(f"{name} ({times}x)" for name, times in report["unsupported_ops"].items())
-        lines.append(f"Not counted by fvcore: {named}.")
+    lines += uncounted(report["unsupported_ops"])
     if left := report.get("activation", {}).get("left"):  # reports of earlier versions have none
         name = report["activation"]["name"]
         kinds = Counter(line.rpartition(" (")[2].removesuffix(")") for line in left)
