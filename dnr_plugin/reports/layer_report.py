@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,34 +63,33 @@ def report_model(folder: Path, shape: str | None, allow_import: bool) -> tuple[d
         "unsupported_ops": pruned.unsupported_ops,
     }
     notes = [
+        *count_warnings(pruned.unsupported_ops),
         f"Kept {100 * report['kept']['params']:.2f} % of the parameters and {100 * report['kept']['flops']:.2f} % of "
         f"the FLOPs for an image of {'x'.join(map(str, example.shape[1:]))}.",
-        *uncounted(pruned.unsupported_ops),
+        *count_footnotes(pruned.unsupported_ops),
         NOTE,
     ]
     return report, notes
 
 
-def uncounted(operators: Mapping[str, int]) -> list[str]:
-    """What a reader should know of operators that are not in the FLOPs: a warning, and a footnote.
+def count_warnings(operators: Mapping[str, int]) -> list[str]:
+    """That the FLOPs lack products of matrices, where they do: a line, or none.
 
     Args:
-        operators: how often each ran, as ``unsupported_ops`` of a report has them.
+        operators: that were not counted, with how often each ran, as ``unsupported_ops`` of a report has them.
     """
+    named = _named(operators, [name for name in operators if multiplies_matrices(name)])
+    return [f"Warning: the FLOPs are too low: they lack {named}, which multiply matrices, or may."] if named else []
 
-    def named(names: Iterable[str]) -> str:
-        return ", ".join(f"{name} ({operators[name]}x)" for name in names)
 
-    products = [name for name in operators if multiplies_matrices(name)]
-    others = [name for name in operators if name not in products]
-    lines = []
-    if products:
-        lines.append(
-            f"Warning: the FLOPs are too low, as they lack what multiplies matrices, or may: {named(products)}."
-        )
-    if others:
-        lines.append(f"Not in the FLOPs, as it works element by element: {named(others)}.")
-    return lines
+def count_footnotes(operators: Mapping[str, int]) -> list[str]:
+    """What else is not in the FLOPs: a line, or none; see `count_warnings`."""
+    named = _named(operators, [name for name in operators if not multiplies_matrices(name)])
+    return [f"Not in the FLOPs, as they work element by element: {named}."] if named else []
+
+
+def _named(operators: Mapping[str, int], names: Sequence[str]) -> str:
+    return ", ".join(f"{name} ({operators[name]}x)" for name in names)
 
 
 def layer_table(rows: Sequence[Mapping[str, Any]], title: str = "") -> Table:
