@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from dnr_plugin.errors import InputError
 from dnr_plugin.network.calling import call_as_it_is, eager, is_compiled, kept_modes, one_sample, uncompiled
-from dnr_plugin.network.flop_handles import FLOP_HANDLES, multiplies_matrices
+from dnr_plugin.network.flop_handles import FLOP_HANDLES, multiplies_matrices, noting_scripted
 from dnr_plugin.network.kinds import kind_of
 
 
@@ -116,10 +116,13 @@ def flop_report(model: nn.Module, example_inputs: Any) -> FlopReport:
     with kept_modes(model), uncompiled(), torch.enable_grad(), _traceable(model):
         counted.eval()
         analysis = FlopCountAnalysis(counted, inputs)
-        analysis.set_op_handle(**FLOP_HANDLES)
+        scripted: Counter[str] = Counter()
+        analysis.set_op_handle(**FLOP_HANDLES, **{"prim::CallFunction": noting_scripted(scripted)})
         analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
         by_module: Counter[str] = analysis.by_module()
-        unsupported = {name: int(times) for name, times in sorted(analysis.unsupported_ops().items())}
+        of_shapes: set[str] = getattr(analysis, "_ignored_ops", set())  # which cost nothing
+        scripted = Counter({name: times for name, times in scripted.items() if name not in of_shapes})
+        unsupported = {name: int(times) for name, times in sorted((analysis.unsupported_ops() + scripted).items())}
         uncalled = sorted(analysis.uncalled_modules())
 
     def name_in_trace(name: str) -> str:

@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
+
+import torch
 
 Handle = Callable[[Sequence[Any], Sequence[Any]], int]
 
@@ -156,6 +159,37 @@ FLOP_HANDLES: dict[str, Handle] = {
 FLOP_HANDLES = {f"aten::{name}": handle for name, handle in FLOP_HANDLES.items()}
 FLOP_HANDLES["torchvision::deform_conv2d"] = _convolved
 
+
+def noting_scripted(noted: Counter[str]) -> Handle:
+    """A handle for calls of scripted functions, whose shapes are not known: counts nothing, notes the operators inside.
+
+    Args:
+        noted: takes each operator as often as it is written there; the call itself where the function is not found.
+    """
+
+    def walk(nodes: Iterable[Any]) -> None:
+        for node in nodes:
+            if not node.kind().startswith("prim::"):
+                noted[node.kind()] += 1
+            for block in node.blocks():
+                walk(block.nodes())
+
+    def handle(inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
+        name = inputs[0].type().annotation_str
+        function: Any
+        try:
+            function = torch.jit._state._python_cu.find_function(name)  # type: ignore[attr-defined]
+        except (AttributeError, RuntimeError):
+            function = None
+        if function is None:
+            noted["prim::CallFunction"] += 1
+        else:
+            walk(function.inlined_graph.nodes())
+        return 0
+
+    return handle
+
+
 # PyTorch's operators that multiply matrices or cost as much, by their names: products, convolutions, recurrent layers,
 # attention, decompositions, Fourier transforms. What of these has no handle here or in fvcore is not counted.
 _PRODUCTS = re.compile(
@@ -183,7 +217,7 @@ def multiplies_matrices(operator: str) -> bool:
     """Whether an operator that was not counted multiplies matrices, so that counts without it are too small.
 
     PyTorch's own are told by their names, and work element by element where these do not say otherwise. Others, as
-    custom operators, autograd functions and scripted functions, may multiply matrices, as nobody knows.
+    custom operators and autograd functions, may multiply matrices, as nobody knows.
 
     Args:
         operator: with its namespace, as "aten::linalg_inv".

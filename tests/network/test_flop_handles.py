@@ -369,17 +369,45 @@ def _squared(x: Tensor) -> Tensor:
     return x @ x
 
 
+def _sometimes(x: Tensor) -> Tensor:
+    if bool(x.sum() > 0):
+        x = _squared(x)
+    return x
+
+
+def _swish(x: Tensor) -> Tensor:
+    return x * x.sigmoid()
+
+
 class Squared(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         return x @ x
 
 
-def test_what_nobody_can_look_into_may_multiply_matrices() -> None:
-    """Scripted functions and autograd functions."""
-    scripted = torch.jit.script(_squared)
-    report = flop_report(product(lambda x: Squared.apply(scripted(x))), torch.rand(1, 4, 4))
-    assert report.uncounted_products == {"prim::CallFunction": 1, "prim::PythonOp.Squared": 1}
+def test_an_autograd_function_may_multiply_matrices() -> None:
+    """Nobody can look into it."""
+    report = flop_report(product(Squared.apply), torch.rand(1, 4, 4))
+    assert report.uncounted_products == {"prim::PythonOp.Squared": 1}
+
+
+def test_a_scripted_function_is_looked_into() -> None:
+    """Under its conditions too, and into what it calls."""
+    report = flop_report(product(torch.jit.script(_sometimes)), torch.rand(1, 4, 4))
+    assert report.flops == 0
+    assert report.uncounted_products == {"aten::matmul": 1}
+    assert report.unsupported_ops["aten::sum"] == 1
+    report = flop_report(product(torch.jit.script(_swish)), torch.rand(1, 4, 4))
+    assert report.unsupported_ops == {"aten::mul": 1, "aten::sigmoid": 1}
+    assert report.uncounted_products == {}
+
+
+def test_detectors_of_torchvision_lack_no_product() -> None:
+    """A scripted function sorts out their boxes."""
+    model = product(lambda x: torchvision.ops.batched_nms(x[0], x[0, :, 0], x[0, :, 0].long(), 0.5))
+    report = flop_report(model, torch.rand(1, 5, 4))
+    assert report.unsupported_ops
+    assert report.uncounted_products == {}
 
 
 @pytest.mark.parametrize(
