@@ -149,7 +149,8 @@ def refuse_frozen(model: nn.Module) -> None:
 
 def is_compiled(module: nn.Module) -> bool:
     """Whether it is what `torch.compile` made of a module."""
-    return type(module).__name__ == "OptimizedModule" and isinstance(getattr(module, "_orig_mod", None), nn.Module)
+    inner = getattr(module, "_orig_mod", None)
+    return type(module).__name__ == "OptimizedModule" and isinstance(inner, nn.Module) and "forward" in vars(module)
 
 
 def _is_quantised(module: nn.Module) -> bool:

@@ -100,7 +100,7 @@ class Target(ABC):
         """
 
     def check_counts(self, report: FlopReport) -> None:
-        """Warns, once, where the measure is a share of FLOPs that lack products of matrices."""
+        """Warns where it is a share of FLOPs that lack products of matrices; for whoever measures the dense model."""
         products = report.uncounted_products if self.counts_flops else {}
         if products:
             warnings.warn(
