@@ -131,6 +131,8 @@ class DyingNeuronDynamics:
         self.importance = importance or DyingNeuronImportance("variation", moments=False)
         self.scope, self.limits, self.fold, self.followers = scope, limits.in_scope(scope), fold, tuple(followers)
         self.dense = dense or baseline(model, example_inputs, verify=limits.verify)
+        if dense is None and policy.target is not None:
+            policy.target.check_counts(self.dense.report)
         self._layers()  # what the limits name must exist
         self._outputs = output_layers(model, self.example)
         self._zeros = SoftZeros()

@@ -11,7 +11,7 @@ import torch_pruning as tp
 from torch import Tensor, nn
 from torch_pruning import ops
 
-from dnr_plugin.network.calling import batch_inputs, call, kept_modes
+from dnr_plugin.network.calling import batch_inputs, call, kept_modes, refuse_frozen
 from dnr_plugin.network.kinds import consumer, is_batchnorm
 
 
@@ -42,11 +42,13 @@ def recalibrate_batchnorm(model: nn.Module, loader: Iterable[Any], batches: int 
         Number of batches used.
 
     Raises:
+        InputError: the model was scripted, traced or exported.
         ValueError: the loader holds no batch.
         AssertionError: it holds fewer than ``batches``, or a BatchNorm layer is used twice (fvcore's check).
     """
     from fvcore.nn.precise_bn import BN_MODULE_TYPES, update_bn_stats
 
+    refuse_frozen(model)
     layers = [m for m in model.modules() if isinstance(m, BN_MODULE_TYPES) and m.track_running_stats]
     if not layers:
         return 0

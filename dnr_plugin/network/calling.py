@@ -121,20 +121,48 @@ def eager(model: nn.Module) -> nn.Module:
     Raises:
         InputError: it is scripted, traced, exported or quantised, and cannot be changed.
     """
-    exported = isinstance(model, torch.fx.GraphModule) and "eval" in vars(model)
-    if exported or isinstance(model, torch.jit.ScriptModule):
-        raise InputError(
-            "model: expected a torch.nn.Module as it was written, found one that was scripted, traced or exported, "
-            "whose layers are fixed: prune the model that it was made from"
-        )
+    refuse_frozen(model)
     for name, module in model.named_modules():
-        if ".quantized" in type(module).__module__:
+        if _is_quantised(module):
             raise InputError(
                 f"model: expected layers with float weights, found {name} ({type(module).__name__}), which is "
                 "quantised: prune before quantising"
             )
-    inner = getattr(model, "_orig_mod", None)
-    return inner if isinstance(inner, nn.Module) and type(model).__name__ == "OptimizedModule" else model
+    return model._orig_mod if is_compiled(model) else model  # type: ignore[return-value]
+
+
+def refuse_frozen(model: nn.Module) -> None:
+    """Refuses what was scripted, traced or exported, whose layers can neither be seen nor changed.
+
+    Raises:
+        InputError: it is such a model, in a wrapper or not, or holds an exported part.
+    """
+    network = network_of(model)
+    for name, module in network.named_modules():
+        exported = isinstance(module, torch.fx.GraphModule) and "eval" in vars(module)
+        if exported or (module is network and isinstance(module, torch.jit.ScriptModule)):
+            raise InputError(
+                f"model: expected a torch.nn.Module as it was written, found {name or 'one'} that was scripted, traced "
+                "or exported, whose layers are fixed: prune the model that it was made from"
+            )
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether it is what `torch.compile` made of a module."""
+    inner = getattr(module, "_orig_mod", None)
+    return type(module).__name__ == "OptimizedModule" and isinstance(inner, nn.Module) and "forward" in vars(module)
+
+
+def _is_quantised(module: nn.Module) -> bool:
+    """Whether its weights are integers, or packed where nothing can be taken away from them."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return False
+    kind, weight = type(module), module._parameters.get("weight")
+    if isinstance(weight, Tensor) and not (weight.is_floating_point() or weight.is_complex()):
+        return True
+    # these compute in floats what a converted model computes in integers
+    of_torch = kind.__module__.startswith("torch.") and "quantized" in kind.__module__.split(".")
+    return of_torch and kind.__name__ not in ("FloatFunctional", "FXFloatFunctional")
 
 
 def one_sample(inputs: Any) -> Any:

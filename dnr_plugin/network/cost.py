@@ -6,18 +6,19 @@ fvcore counts one multiply-add as one FLOP; every number of FLOPs in this packag
 from __future__ import annotations
 
 import contextlib
-import math
 import statistics
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dnr_plugin.network.calling import call_as_it_is, eager, kept_modes, one_sample, uncompiled
+from dnr_plugin.errors import InputError
+from dnr_plugin.network.calling import call_as_it_is, eager, is_compiled, kept_modes, one_sample, uncompiled
+from dnr_plugin.network.flop_handles import FLOP_HANDLES, multiplies_matrices, noting_scripted
 from dnr_plugin.network.kinds import kind_of
 
 
@@ -47,7 +48,7 @@ class FlopReport:
     params: of the whole model, shared ones once.
     flops: of the whole model for one sample.
     layers: modules with a cost of their own, in the model's order.
-    unsupported_ops: operators that fvcore did not count, with how often they ran.
+    unsupported_ops: operators that were not counted, with how often they ran.
     uncalled: modules that the forward pass did not reach.
     """
 
@@ -56,6 +57,14 @@ class FlopReport:
     layers: list[LayerCost]
     unsupported_ops: dict[str, int] = field(default_factory=dict)
     uncalled: list[str] = field(default_factory=list)
+
+    @property
+    def uncounted_products(self) -> dict[str, int]:
+        """Those of ``unsupported_ops`` that multiply matrices, or may: the FLOPs lack what they cost.
+
+        The others work element by element, which fvcore leaves out for the most part.
+        """
+        return {name: times for name, times in self.unsupported_ops.items() if multiplies_matrices(name)}
 
 
 class _Keywords(nn.Module):
@@ -77,30 +86,43 @@ def count_params(model: nn.Module) -> int:
 def flop_report(model: nn.Module, example_inputs: Any) -> FlopReport:
     """FLOPs and parameters per layer, by fvcore, for one sample in eval mode.
 
+    Where fvcore has no count for an operator that multiplies matrices, `flop_handles` has one.
+
     Args:
         model: any network; its modes and BatchNorm statistics are left as they are.
         example_inputs: a tensor, a sequence or a dict of tensors; only the first sample is used.
 
     Returns:
-        Counts, with the operators that fvcore has no count for.
+        Counts, with the operators that are not in them.
+
+    Raises:
+        InputError: the model or a part of it was scripted, traced or exported, or is quantised.
     """
     from fvcore.nn import FlopCountAnalysis
 
     model = eager(model)
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise InputError(
+                f"model: expected modules as they were written, found {name}, which was scripted or traced, so that "
+                "its FLOPs cannot be counted: replace it by the module that it was made from"
+            )
     inputs, prefix, counted = one_sample(example_inputs), "", model
     if isinstance(inputs, dict):
         counted, prefix = _Keywords(model, list(inputs)), "model"
         inputs = tuple(inputs.values())
     elif isinstance(inputs, list):
         inputs = tuple(inputs)
-    # without gradients attention takes a fused path that nobody counts
-    with kept_modes(model), uncompiled(), torch.enable_grad():
+    with kept_modes(model), uncompiled(), torch.enable_grad(), _traceable(model):
         counted.eval()
         analysis = FlopCountAnalysis(counted, inputs)
-        analysis.set_op_handle("aten::scaled_dot_product_attention", _attention_flops)
+        scripted: Counter[str] = Counter()
+        analysis.set_op_handle(**FLOP_HANDLES, **{"prim::CallFunction": noting_scripted(scripted)})
         analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
         by_module: Counter[str] = analysis.by_module()
-        unsupported = {name: int(times) for name, times in sorted(analysis.unsupported_ops().items())}
+        of_shapes: set[str] = getattr(analysis, "_ignored_ops", set())  # which cost nothing
+        scripted = Counter({name: times for name, times in scripted.items() if name not in of_shapes})
+        unsupported = {name: int(times) for name, times in sorted((analysis.unsupported_ops() + scripted).items())}
         uncalled = sorted(analysis.uncalled_modules())
 
     def name_in_trace(name: str) -> str:
@@ -121,13 +143,24 @@ def flop_report(model: nn.Module, example_inputs: Any) -> FlopReport:
     return FlopReport(count_params(model), int(by_module[""]), layers, unsupported, uncalled)
 
 
-def _attention_flops(inputs: Sequence[Any], outputs: Sequence[Any]) -> Counter[str]:
-    """Multiply-adds of scores and of what they weigh: [..., L, E] x [..., E, S], then [..., L, S] x [..., S, V]."""
-    from fvcore.nn.jit_handles import get_shape
+@contextlib.contextmanager
+def _traceable(model: nn.Module) -> Iterator[None]:
+    """Lets a model run by operators that the JIT sees and that are counted.
 
-    query, key, value = (get_shape(values) for values in inputs[:3])
-    assert query is not None and key is not None and value is not None
-    return Counter({"scaled_dot_product_attention": math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])})
+    What `torch.compile` returned for a part of it runs as it was written; `nn.MultiheadAttention` keeps off its fast
+    path, which is one operator.
+    """
+    compiled = {module: vars(module)["forward"] for module in model.modules() if is_compiled(module)}
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    for module in compiled:  # not by setattr, which such a module hands on to what it wraps
+        vars(module)["forward"] = module._orig_mod
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        for module, forward in compiled.items():
+            vars(module)["forward"] = forward
 
 
 def latencies(models: list[nn.Module], inputs: Any, *, seconds: float = 2.0, warmup: int = 3) -> list[float]:

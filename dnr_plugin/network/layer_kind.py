@@ -42,6 +42,11 @@ class Kind:
         return 1
 
     @property
+    def reading(self) -> float:
+        """Share of its matrices that the input channels pass, where it scales as a "product"."""
+        return 1.0
+
+    @property
     def separate(self) -> bool:
         """Whether a norm treats each channel by itself."""
         return False

@@ -65,6 +65,11 @@ class Recurrent(Consumer):
         names = ["weight_ih_l0", *(["weight_ih_l0_reverse"] if self.module.bidirectional else [])]
         return [getattr(self.module, name) for name in names]
 
+    @property
+    def reading(self) -> float:
+        every = sum(p.numel() for p in self.module.parameters() if p.dim() > 1)
+        return float(sum(weight.numel() for weight in self.weights) / every)
+
     def by_channel(self, a: Tensor) -> Tensor:
         return channels_second(a if self.module.batch_first or a.dim() != 3 else a.transpose(0, 1))
 

@@ -28,21 +28,23 @@ class _Layer:
     matrix: int  # parameters that scale with inputs times outputs
     vector: int  # parameters that scale with outputs
     scaling: str  # `kinds.Kind.scaling`
+    reading: float  # `kinds.Kind.reading`
     first: tuple[int, int]
     gone: list[float]
 
     def cost(self) -> tuple[float, float]:
         """(FLOPs, parameters) with the channels that remain."""
         kept_in, kept_out = (max(0.0, 1 - gone / total) for gone, total in zip(self.gone, self.first, strict=True))
-        scale = {"product": kept_in * kept_out, "square": kept_out**2, "linear": kept_out}[self.scaling]
+        kept_matrices = kept_out * (1 - self.reading * (1 - kept_in))
+        scale = {"product": kept_matrices, "square": kept_out**2, "linear": kept_out}[self.scaling]
         return self.flops * scale, self.matrix * scale + self.vector * kept_out
 
 
 class CostModel:
     """Running FLOPs and parameters of a model as channels go.
 
-    Exact for convolutions, linear layers and normalisation; operations outside of these (pooling, attention scores)
-    are held constant, a difference that the planner then measures.
+    Exact for convolutions, linear and recurrent layers and normalisation; operations outside of these (pooling,
+    attention scores) are held constant, a difference that the planner then measures.
 
     Args:
         model: the network as it is now.
@@ -60,9 +62,12 @@ class CostModel:
             parameters = list(module.parameters())  # attention owns its output projection
             matrix = sum(p.numel() for p in parameters if p.dim() > 1)
             vector = sum(p.numel() for p in parameters if p.dim() <= 1)
-            self._layers[name] = _Layer(flops.get(name, 0), matrix, vector, kind.scaling, kind.channels, [0.0, 0.0])
+            self._layers[name] = _Layer(
+                flops.get(name, 0), matrix, vector, kind.scaling, kind.reading, kind.channels, [0.0, 0.0]
+            )
         for name, parameter in model.named_parameters():  # of modules that Torch-Pruning does not know
-            self._layers.setdefault(f"parameter {name}", _Layer(0, 0, parameter.numel(), "linear", (1, 1), [0.0, 0.0]))
+            bare = _Layer(0, 0, parameter.numel(), "linear", 1.0, (1, 1), [0.0, 0.0])
+            self._layers.setdefault(f"parameter {name}", bare)
 
     def remove(self, effect: Effect) -> None:
         """Takes channels away from the sides of layers.

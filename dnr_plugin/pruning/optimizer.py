@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from dnr_plugin.network.calling import tensors
+from dnr_plugin.network.calling import eager, tensors
 
 # Dimension of a parameter -> the indices that were kept of it.
 KeptIndices = dict[int, Tensor]
@@ -55,6 +55,7 @@ def follow_optimizer(optimizer: torch.optim.Optimizer | None, model: nn.Module) 
         model: the network that is pruned inside.
 
     Raises:
+        InputError: before anything is changed: the model was scripted, traced or exported, or is quantised.
         ValueError: before anything is changed: a state tensor has a shape of its own, as in factored optimizers.
         RuntimeError: a parameter was replaced inside by something other than a prune of it.
 
@@ -62,6 +63,7 @@ def follow_optimizer(optimizer: torch.optim.Optimizer | None, model: nn.Module) 
         >>> with follow_optimizer(optimizer, model):
         ...     pruner.step()
     """
+    model = eager(model)
     before = dict(model.named_parameters())
     optimizers = _optimizers_in(optimizer)
     for one in optimizers:

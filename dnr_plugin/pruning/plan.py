@@ -122,6 +122,8 @@ def check_target(
     if not target.known_beforehand:
         survey.within(limits, {})
         return
+    dense = dense or baseline(model, example_inputs, survey=survey, verify=limits.verify)
+    target.check_counts(dense.report)
     closest = reachable(model, example_inputs, kind, limits, dense, survey)
     if not target.reached(closest):
         bound = "at least" if target.keeps else "at most"
@@ -171,7 +173,9 @@ def plan_removal(
     if isinstance(target, Dead) and not isinstance(importance, DyingNeuronImportance):
         raise ValueError("kind: 'dead' needs a DyingNeuronImportance, which observes what is dead")
     survey = Survey(model, example_inputs)
-    dense = dense or baseline(model, example_inputs, keep_model=target.timed, survey=survey, verify=limits.verify)
+    if dense is None:
+        dense = baseline(model, example_inputs, keep_model=target.timed, survey=survey, verify=limits.verify)
+        target.check_counts(dense.report)
     prunable = survey.within(limits.in_scope(scope), dense.sizes)
     layers, skipped, neurons = prunable.layers, prunable.skipped, prunable.neurons
     zero: dict[str, Tensor] = {}

@@ -5,6 +5,7 @@ A new kind is a class here with an entry in `TARGETS`, and a field of its name i
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -69,6 +70,7 @@ class Target(ABC):
         kind: its name.
         keeps: whether the measure is what is kept, so that a lower one is further.
         known_beforehand: whether widths alone tell how far it can be reached, before anything is trained.
+        counts_flops: whether it is a share of the FLOPs.
         counts_neurons: whether the number of neurons alone tells the measure.
         timed: whether it is measured by running the model.
         resumable: whether a training that removes towards it can be resumed and ends the same.
@@ -77,6 +79,7 @@ class Target(ABC):
     kind: ClassVar[str]
     keeps: ClassVar[bool] = False
     known_beforehand: ClassVar[bool] = True
+    counts_flops: ClassVar[bool] = False
     counts_neurons: ClassVar[bool] = False
     timed: ClassVar[bool] = False
     resumable: ClassVar[bool] = True
@@ -95,6 +98,16 @@ class Target(ABC):
         Returns:
             A share, in [0, 1].
         """
+
+    def check_counts(self, report: FlopReport) -> None:
+        """Warns where it is a share of FLOPs that lack products of matrices; for whoever measures the dense model."""
+        products = report.uncounted_products if self.counts_flops else {}
+        if products:
+            warnings.warn(
+                f"prune.target.{self.kind}: a share of the FLOPs that are counted, which lack {', '.join(products)}: "
+                "these multiply matrices, or may",
+                stacklevel=3,
+            )
 
     def saved(self, flops: float, params: float) -> float:
         """What weighs against a neuron's score where its removal saves so many FLOPs and parameters."""
@@ -135,6 +148,7 @@ class Flops(Target):
 
     kind = "flops"
     keeps = True
+    counts_flops = True
 
     def measure(self, flops: float, params: float, neurons: int, dense: Baseline) -> float:
         return flops / dense.report.flops

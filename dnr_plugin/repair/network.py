@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from dnr_plugin.errors import RunError
 from dnr_plugin.network.attention import completed, split_modules
-from dnr_plugin.network.calling import call, kept_modes, module_names, network_of
+from dnr_plugin.network.calling import call, eager, kept_modes, module_names, network_of
 from dnr_plugin.network.flow import Calls
 from dnr_plugin.network.graph import build_graph, group_of
 from dnr_plugin.network.kinds import consumer, has_weights, is_consumer, kind_of
@@ -119,9 +119,10 @@ def repair_network(
         What was done to each layer, in the order they run.
 
     Raises:
-        InputError: there is no image.
+        InputError: there is no image; a model was scripted, traced or exported, or is quantised.
         RunError: the two models do not run alike, or inputs of a layer are not finite.
     """
+    eager(model)  # refused before the dense one is run
     reference = Reference(dense, example_inputs, images, rows=rows, memory=memory, seed=seed)
     return repair_towards(model, reference, removals, pairs=pairs)
 
@@ -141,8 +142,10 @@ def repair_towards(
         What was done to each layer, in the order they run.
 
     Raises:
+        InputError: the model was scripted, traced or exported, or is quantised.
         RunError: the two models do not run alike, or inputs of a layer are not finite.
     """
+    model = eager(model)
     sites, images = reference.sites, reference.images
     kept = kept_channels(reference.dense, reference.example, removals)
     modules = {name: module for module, name in module_names(model).items()}

@@ -15,6 +15,7 @@ from dnr_plugin.network.calling import (
     batch_inputs,
     call,
     concatenated,
+    eager,
     kept_modes,
     module_names,
     output_difference,
@@ -49,7 +50,7 @@ class Reference:
         seed: draws the places.
 
     Raises:
-        InputError: there is no image.
+        InputError: there is no image; the network was scripted, traced or exported, or is quantised.
     """
 
     @torch.no_grad()
@@ -63,6 +64,7 @@ class Reference:
         memory: int = 2**29,
         seed: int = 0,
     ) -> None:
+        dense = eager(dense)
         self.dense, self.example = dense, example_inputs
         self.sites = trace_sites(dense, example_inputs)
         most = memory // (4 * max(site.size for site in self.sites.values()))

@@ -9,6 +9,7 @@ from typing import Any
 from dnr_plugin.models.saved import saved_model
 from dnr_plugin.network.attention import split_modules
 from dnr_plugin.network.cost import FlopReport, flop_report
+from dnr_plugin.network.flop_handles import multiplies_matrices
 from dnr_plugin.network.splitting import split_named
 from dnr_plugin.reports.table import Table
 
@@ -61,13 +62,34 @@ def report_model(folder: Path, shape: str | None, allow_import: bool) -> tuple[d
         "layers": layer_rows(dense, pruned),
         "unsupported_ops": pruned.unsupported_ops,
     }
-    uncounted = ", ".join(pruned.unsupported_ops) or "nothing"
     notes = [
+        *count_warnings(pruned.unsupported_ops),
         f"Kept {100 * report['kept']['params']:.2f} % of the parameters and {100 * report['kept']['flops']:.2f} % of "
         f"the FLOPs for an image of {'x'.join(map(str, example.shape[1:]))}.",
-        f"Not counted by fvcore: {uncounted}. {NOTE}",
+        *count_footnotes(pruned.unsupported_ops),
+        NOTE,
     ]
     return report, notes
+
+
+def count_warnings(operators: Mapping[str, int]) -> list[str]:
+    """That the FLOPs lack products of matrices, where they do: a line, or none.
+
+    Args:
+        operators: that were not counted, with how often each ran, as ``unsupported_ops`` of a report has them.
+    """
+    named = _named(operators, [name for name in operators if multiplies_matrices(name)])
+    return [f"Warning: the FLOPs are too low: they lack {named}, which multiply matrices, or may."] if named else []
+
+
+def count_footnotes(operators: Mapping[str, int]) -> list[str]:
+    """What else is not in the FLOPs: a line, or none; see `count_warnings`."""
+    named = _named(operators, [name for name in operators if not multiplies_matrices(name)])
+    return [f"Not in the FLOPs, as they work element by element: {named}."] if named else []
+
+
+def _named(operators: Mapping[str, int], names: Sequence[str]) -> str:
+    return ", ".join(f"{name} ({operators[name]}x)" for name in names)
 
 
 def layer_table(rows: Sequence[Mapping[str, Any]], title: str = "") -> Table:

@@ -12,7 +12,7 @@ from dnr_plugin.files import atomic_write
 from dnr_plugin.reports.figures.drawing import save_figures
 from dnr_plugin.reports.figures.run import RUN_CAPTIONS, run_figures
 from dnr_plugin.reports.html import html_images, html_items, html_page
-from dnr_plugin.reports.layer_report import NOTE, layer_table
+from dnr_plugin.reports.layer_report import NOTE, count_footnotes, count_warnings, layer_table
 from dnr_plugin.reports.table import Table, markdown_items, plain_markdown
 
 
@@ -63,6 +63,7 @@ def facts(report: Mapping[str, Any]) -> list[str]:
             f"Removed {_percent(report['sparsity']['neuron'])} of the neurons and "
             f"{_percent(report['sparsity']['weight'])} of the parameters.",
         ]
+    lines += count_warnings(report["unsupported_ops"])
     when = "before the removal" if report.get("mode", "after_training") == "after_training" else "at the last check"
     counted_dead = f"{dead['neurons']} of {dead['of']} neurons were dead {when}"
     if target["kind"] is None:
@@ -85,9 +86,7 @@ def facts(report: Mapping[str, Any]) -> list[str]:
     if report["skipped"]:
         named = "; ".join(f"{item['layer']} ({item['reason']})" for item in report["skipped"])
         lines.append(f"Left alone: {named}.")
-    if report["unsupported_ops"]:
-        named = ", ".join(f"{name} ({times}x)" for name, times in report["unsupported_ops"].items())
-        lines.append(f"Not counted by fvcore: {named}.")
+    lines += count_footnotes(report["unsupported_ops"])
     if left := report.get("activation", {}).get("left"):  # reports of earlier versions have none
         name = report["activation"]["name"]
         kinds = Counter(line.rpartition(" (")[2].removesuffix(")") for line in left)

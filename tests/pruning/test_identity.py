@@ -3,24 +3,37 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch_pruning as tp
+import torchvision
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from dnr_plugin import (
+    DyingNeuronDynamics,
     DyingNeuronImportance,
+    Observer,
+    Timetable,
     flop_report,
+    follow_optimizer,
     plan_removal,
     prune_neurons,
+    recalibrate_batchnorm,
     remove_dead_neurons,
+    repair_network,
     save_pruned,
+    split_attention,
 )
 from dnr_plugin.errors import InputError
 from dnr_plugin.network.graph import all_groups, build_graph
+
+pytestmark = pytest.mark.filterwarnings(
+    r"ignore:.*torch\.(jit|ao)\..* deprecated", r"ignore:torch\.quantize_per_tensor", "ignore:Please use quant_min"
+)
 
 X = torch.randn(48, 3, 12, 12, generator=torch.Generator().manual_seed(0))
 
@@ -153,32 +166,118 @@ def test_compiled_models_are_pruned_as_the_model_itself(in_place: bool) -> None:
         assert torch.allclose(compiled(X), before, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["script", "trace", "export", "quantised"])
-def test_what_cannot_be_changed_is_refused_in_one_line(kind: str, tmp_path: Any) -> None:
-    model: Any = net()
-    if kind == "script":
-        model = torch.jit.script(model)
-    elif kind == "trace":
-        model = torch.jit.trace(model, X)
-    elif kind == "export":
-        model = torch.export.export(model, (X,)).module()
-    else:
-        model = torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
-    magnitude = tp.importance.MagnitudeImportance()
-    for act in (
-        lambda: remove_dead_neurons(model, X[:1], [X], min_samples=1),
-        lambda: plan_removal(model, X[:1], magnitude, "flops", 0.5),
-        lambda: prune_neurons(model, X[:1], {"0": [0]}),
-        lambda: flop_report(model, X),
-        lambda: DyingNeuronImportance().observer_of(model),
-        lambda: save_pruned(model, tmp_path / "saved"),
-    ):
-        with pytest.raises(InputError) as caught:
-            act()
-        (problem,) = caught.value.problems
-        assert problem.startswith("model: expected ")
-        assert "\n" not in problem
+def quantisation() -> Any:
+    return pytest.importorskip("torch.ao.quantization", reason="torch has none any more")
+
+
+def _scripted(model: nn.Module) -> Any:
+    return torch.jit.script(model)
+
+
+def _traced(model: nn.Module) -> Any:
+    return torch.jit.trace(model, X)
+
+
+def _exported(model: nn.Module) -> Any:
+    return torch.export.export(model, (X,)).module()
+
+
+def _quantised(model: nn.Module) -> Any:
+    return quantisation().quantize_dynamic(model, {nn.Linear})
+
+
+def _quantised_whole(model: nn.Module) -> Any:
+    ao = quantisation()
+    model = nn.Sequential(ao.QuantStub(), *model, ao.DeQuantStub()).eval()
+    model.qconfig = ao.get_default_qconfig(torch.backends.quantized.engine)
+    prepared = ao.prepare(model)
+    prepared(X)
+    return ao.convert(prepared)
+
+
+def _in_integers(model: Any) -> Any:
+    """As bitsandbytes and others keep the weights of what is still an `nn.Linear`."""
+    model[7].weight = nn.Parameter(torch.ones(5, 8, dtype=torch.int8), requires_grad=False)
+    return model
+
+
+def _wrapped(model: nn.Module) -> Any:
+    return nn.DataParallel(torch.jit.script(model))
+
+
+FROZEN = [_scripted, _traced, _exported, _quantised, _quantised_whole, _in_integers, _wrapped]
+
+
+def _dynamics(model: Any) -> None:
+    DyingNeuronDynamics(model, X[:1], when=Timetable(check_every=2, warmup=2, until=20))
+
+
+def _followed(model: Any) -> None:
+    with follow_optimizer(None, model):
+        pass
+
+
+def _observe(model: Any) -> None:
+    with DyingNeuronImportance().observe(model):
+        pass
+
+
+PUBLIC: dict[str, Callable[[Any], Any]] = {
+    "remove_dead_neurons": lambda model: remove_dead_neurons(model, X[:1], [X], min_samples=1),
+    "plan_removal": lambda model: plan_removal(model, X[:1], tp.importance.MagnitudeImportance(), "flops", 0.5),
+    "prune_neurons": lambda model: prune_neurons(model, X[:1], {"0": [0]}),
+    "prune_neurons, a follower": lambda model: prune_neurons(net(), X[:1], {"0": [0]}, followers=[model]),
+    "flop_report": lambda model: flop_report(model, X),
+    "observe": _observe,
+    "Observer": Observer,
+    "DyingNeuronDynamics": _dynamics,
+    "repair_network": lambda model: repair_network(model, net(), X[:1], {}, X),
+    "repair_network, dense": lambda model: repair_network(net(), model, X[:1], {}, X),
+    "recalibrate_batchnorm": lambda model: recalibrate_batchnorm(model, [X]),
+    "split_attention": lambda model: split_attention(model, X[:1]),
+    "follow_optimizer": _followed,
+}
+
+
+@pytest.mark.parametrize("function", PUBLIC)
+@pytest.mark.parametrize("freeze", FROZEN, ids=lambda function: function.__name__.strip("_"))
+def test_what_cannot_be_changed_is_refused_in_one_line(freeze: Callable[[nn.Module], Any], function: str) -> None:
+    model = freeze(net())
+    if function == "recalibrate_batchnorm" and freeze in (_quantised, _quantised_whole, _in_integers):
+        pytest.skip("what BatchNorm is left in it computes in floats")
+    with pytest.raises(InputError) as caught:
+        PUBLIC[function](model)
+    (problem,) = caught.value.problems
+    assert problem.startswith("model: expected ")
+    assert "\n" not in problem
+
+
+@pytest.mark.parametrize("freeze", FROZEN, ids=lambda function: function.__name__.strip("_"))
+def test_what_cannot_be_changed_is_not_saved(freeze: Callable[[nn.Module], Any], tmp_path: Any) -> None:
+    with pytest.raises(InputError, match=r"^model: expected "):
+        save_pruned(freeze(net()), tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
+
+
+@pytest.mark.parametrize("freeze", [_scripted, lambda part: torch.jit.trace(part, torch.rand(1, 8, 8, 8))])
+def test_flops_of_a_scripted_part_are_refused_in_one_line(freeze: Callable[[nn.Module], Any]) -> None:
+    """Nobody can look into it; what needs no FLOPs goes on working."""
+    model = net()
+    model[4] = freeze(nn.Sequential(nn.ReLU()).eval())
+    with pytest.raises(InputError, match=r"^model: expected modules as they were written, found 4, .* made from$"):
+        flop_report(model, X)
+    report = remove_dead_neurons(model, X[:1], [X], min_samples=1)
+    assert report.removed["0"] == [1, 4, 6]
+
+
+def test_what_will_be_quantised_still_computes_in_floats() -> None:
+    """Networks of `torchvision.models.quantization`, and what is trained for quantisation."""
+    model = torchvision.models.quantization.resnet18(weights=None, quantize=False)
+    plain = flop_report(torchvision.models.resnet18(weights=None), torch.rand(1, 3, 32, 32))
+    assert flop_report(model, torch.rand(1, 3, 32, 32)).flops == plain.flops
+    model.train().qconfig = quantisation().get_default_qat_qconfig(torch.backends.quantized.engine)
+    aware = quantisation().prepare_qat(model)
+    assert flop_report(aware, torch.rand(1, 3, 32, 32)).flops == plain.flops
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, None])

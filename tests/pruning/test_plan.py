@@ -16,6 +16,8 @@ import torch_pruning as tp
 from helpers.every_group import HIDDEN, SIZES, Net, X, chain, conv, images, lively, plant
 from torch import Tensor, nn
 
+from dnr_plugin.dynamics.dynamics import DyingNeuronDynamics
+from dnr_plugin.dynamics.timetable import Timetable
 from dnr_plugin.errors import InputError, TargetError
 from dnr_plugin.network.calling import kept_modes, output_difference
 from dnr_plugin.network.cost import count_params, flop_report
@@ -502,3 +504,64 @@ def test_dead_neurons_that_limits_keep_are_named() -> None:
     assert {name: reason.split()[0] for name, reason in plan.skipped if "dead neurons stay" in reason} == {
         name: str(number) for name, number in stay.items() if number
     }
+
+
+class Fourier(nn.Module):
+    """Multiplies matrices by an operator that nobody counts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 6, 3), nn.ReLU())
+        self.out = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.out(torch.fft.rfft2(self.net(x)).abs().mean((2, 3)))
+        return out
+
+
+def test_a_target_of_flops_names_what_they_lack() -> None:
+    """Once, by whoever measures the dense model; other targets do not ask."""
+    model, magnitude = Fourier(), tp.importance.MagnitudeImportance()
+    for act in (
+        lambda: plan_removal(model, X, magnitude, "flops", 0.6),
+        lambda: check_target(model, X, "flops", 0.6, Limits()),
+        lambda: DyingNeuronDynamics(model, X, when=Timetable(2, until=20, warmup=2), kind="flops", value=0.6),
+    ):
+        with pytest.warns(UserWarning, match="FLOPs") as caught:
+            act()
+        (message,) = [str(w.message) for w in caught if "FLOPs" in str(w.message)]
+        assert "lack aten::fft_rfft2: " in message
+        assert caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*FLOPs")
+        plan_removal(model, X, magnitude, "params", 0.6)
+        plan_removal(model, X, magnitude, "flops", 0.6, dense=baseline(model, X))
+        plan_removal(Net(), X, magnitude, "flops", 0.6)
+        flop_report(model, X)
+
+
+class Reader(nn.Module):
+    """Convolutions, then a recurrent layer over the columns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 12, 3, padding=1), nn.ReLU())
+        self.rnn, self.out = nn.LSTM(12, 24, 2, bidirectional=True, batch_first=True), nn.Linear(48, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.out(self.rnn(self.net(x).mean(2).transpose(1, 2))[0])
+        return out
+
+
+def test_a_target_of_flops_counts_recurrent_layers() -> None:
+    """What they cost is most of this network, and stays."""
+    model = Reader()
+    before = flop_report(model, X)
+    plan = plan_removal(model, X, tp.importance.MagnitudeImportance(), "flops", 0.9, scope="cost_aware")
+    prune_neurons(model, X, plan.removals)
+    after = flop_report(model, X)
+    assert after.flops / before.flops == pytest.approx(plan.achieved)
+    assert 0.8 < plan.achieved <= 0.9
+    lstm = {layer.name: layer.flops for layer in after.layers}["rnn"]
+    width, steps = model.rnn.input_size, X.shape[3]
+    assert lstm == steps * 2 * 96 * ((width + 24) + (48 + 24))
