@@ -15,6 +15,7 @@ from dnr_plugin.linalg import factor, outer_products
 
 _DAMPINGS = (1e-7, 1e-3, 1e-2, 1e-1, 1.0)  # shares of the inputs' mean variance
 _HARDER = (3.0, 10.0)  # where there are few rows
+_COARSE = 1e-3  # from here on float32 tells dampings apart
 HELD_OUT = 0.25  # share of the images that chooses among them
 _TRIED = 128  # outputs that they are tried with, at most
 _RECTIFIED = 3  # rounds in which outputs below zero are let go
@@ -72,7 +73,8 @@ class Task:
             damping = trial._damping_by(_ByRows(trial, self.x[fitted], y[fitted, some]), (*_DAMPINGS, *_HARDER))
         else:
             first = _Moments.of(self.x[fitted], y[fitted])
-            damping = trial._damping_by(_ByInputs(trial, replace(first, yx=first.yx[some])), _DAMPINGS)
+            others = _ByInputs(trial, replace(first, yx=first.yx[some]), coarse=True)
+            damping = trial._damping_by(others, _DAMPINGS)
         if damping is None:
             return self
         if self.few:
@@ -188,8 +190,15 @@ class _Solver(ABC):
 
 
 class _ByInputs(_Solver):
-    def __init__(self, task: Task, moments: _Moments) -> None:
+    """By the moments of the inputs.
+
+    Args:
+        coarse: in float32, where the damping allows it: enough to choose among dampings.
+    """
+
+    def __init__(self, task: Task, moments: _Moments, *, coarse: bool = False) -> None:
         super().__init__(task)
+        self.coarse = coarse
         self.moments = moments
         self.mean = moments.xx[:-1, -1] / moments.rows * self.constant
         self.second = moments.xx[:-1, :-1] / moments.rows - torch.outer(self.mean, self.mean)
@@ -198,14 +207,16 @@ class _ByInputs(_Solver):
     def solve(self, damping: float) -> tuple[Tensor, Tensor]:
         moments = self.moments
         if damping not in self.factors:
-            self.factors[damping] = factor(self.second, damping)
+            coarse = self.coarse and damping >= _COARSE
+            self.factors[damping] = factor(self.second.float() if coarse else self.second, damping)
         goal = moments.yx[:, -1] / moments.rows
         cross = moments.yx[:, :-1] / moments.rows
         if self.constant:
             cross = cross - torch.outer(goal, self.mean)
         else:
             cross = cross - torch.outer(self.constants, moments.xx[:-1, -1] / moments.rows)
-        weights = self.start + torch.cholesky_solve((cross - self.explained).T, self.factors[damping]).T
+        root = self.factors[damping]
+        weights = self.start + torch.cholesky_solve((cross - self.explained).T.to(root), root).T
         return weights, goal - weights @ self.mean if self.constant else self.constants
 
     def towards(self, x: Tensor, y: Tensor) -> _Solver:

@@ -23,7 +23,7 @@ from dnr_plugin.scoring.correction import correct
 from dnr_plugin.scoring.evidence import Evidence, Verdict, judge, read
 from dnr_plugin.scoring.following import Followed, Pending
 from dnr_plugin.scoring.pruners import asked_by, for_a_penalty, warn_of_little
-from dnr_plugin.scoring.redundancy import redundancy
+from dnr_plugin.scoring.redundancy import Redundancy
 from dnr_plugin.scoring.scores import best_units, check_settings, lexicographic, score_neurons
 
 # Three tiers of float64, far apart: dead neurons below, live ones between, those that must stay above.
@@ -119,9 +119,9 @@ class DyingNeuronImportance(tp.importance.Importance):  # type: ignore[misc]
         self.threshold, self.share, self.bins, self.moments = threshold, share, bins, moments
         self.skipped: dict[str, str] = {}
         self.observer: Observer | None = None
+        self._redundancy = Redundancy()
         self._ids: dict[str, Tensor] = {}
-        self._first_size: dict[str, int] = {}
-        self._order: dict[str, int] = {}
+        self._first_size, self._order = dict[str, int](), dict[str, int]()
         self._followed: dict[tp.DependencyGraph, Followed] = {}
         self._warned: weakref.WeakSet[tp.pruner.BasePruner] = weakref.WeakSet()
 
@@ -223,7 +223,7 @@ class DyingNeuronImportance(tp.importance.Importance):  # type: ignore[misc]
             raise Unscored(self.why_unscored(group))
         if self.score != "redundancy":
             return score_neurons(self.score, evidence, len(group[0].idxs))
-        return redundancy(group._DG, evidence, ties(group)[torch.tensor(group[0].idxs)])
+        return self._redundancy.of(self._root(group), group._DG, evidence, ties(group)[torch.tensor(group[0].idxs)])
 
     def evidence(self, group: tp.dependency.Group) -> list[Evidence]:
         """The consumers of a group with what was observed there; empty if incomplete (`why_unscored`).

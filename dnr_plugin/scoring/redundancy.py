@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -86,22 +87,48 @@ def _scale(graph: tp.DependencyGraph, module: nn.Module) -> Tensor | None:
     return affine(norm)[0].abs().cpu()
 
 
-def redundancy(graph: tp.DependencyGraph, evidence: Sequence[Evidence], unit: Tensor) -> Tensor:
+class Redundancy:
     """What removing each neuron costs when the one that costs least always goes first, and others stand in for it.
 
-    Args:
-        graph: of the model.
-        evidence: every consumer of the group, with second moments.
-        unit: number of the unit that each neuron is tied to (`units.ties`), int64, shape [n].
-
-    Returns:
-        Ascending in the order in which they go, the same for neurons that are tied; >= 0, float64, shape [n].
+    What a group came to is remembered while nothing that it depends on changes, for plans of several targets.
     """
-    _, unit = torch.unique(unit, return_inverse=True)
-    order, costs = damages(readers(graph, [_of_units(e, unit) for e in evidence]), int(unit.max()) + 1)
-    score = torch.empty_like(costs)
-    score[order] = costs.cummax(0).values
-    return score[unit]
+
+    def __init__(self) -> None:
+        self._known: dict[str, tuple[bytes, Tensor]] = {}
+
+    def of(self, root: str, graph: tp.DependencyGraph, evidence: Sequence[Evidence], unit: Tensor) -> Tensor:
+        """A group's neurons.
+
+        Args:
+            root: its root layer, by which it is remembered.
+            graph: of the model.
+            evidence: every consumer of the group, with second moments.
+            unit: number of the unit that each neuron is tied to (`units.ties`), int64, shape [n].
+
+        Returns:
+            Ascending in the order in which they go, the same for neurons that are tied; >= 0, float64, shape [n].
+        """
+        digest = _digest(graph, evidence, unit)
+        if root not in self._known or self._known[root][0] != digest:
+            _, unit = torch.unique(unit, return_inverse=True)
+            order, costs = damages(readers(graph, [_of_units(e, unit) for e in evidence]), int(unit.max()) + 1)
+            score = torch.empty_like(costs)
+            score[order] = costs.cummax(0).values
+            self._known[root] = digest, score[unit]
+        return self._known[root][1].clone()
+
+
+def _digest(graph: tp.DependencyGraph, evidence: Sequence[Evidence], unit: Tensor) -> bytes:
+    """Of all that the score of a group depends on: ties, channels, weights, scales and statistics."""
+    digest = hashlib.blake2b(unit.numpy().tobytes())
+    for e in evidence:
+        moments, scale = e.activity.moments, _scale(graph, e.use.module)
+        parts = [e.use.neurons, e.use.channels, *consumer(e.use.module).matrices(moments.features if moments else 1)]
+        parts += [e.activity.variance] if moments is None else [moments.sums[:, -1], *moments.sums.diagonal(0, 1, 2)]
+        for part in parts if scale is None else [*parts, scale]:
+            digest.update(str(part.shape).encode())
+            digest.update(part.cpu().contiguous().numpy().data)
+    return digest.digest()
 
 
 def _of_units(e: Evidence, unit: Tensor) -> Evidence:
