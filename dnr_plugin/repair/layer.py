@@ -157,12 +157,12 @@ class Fit:
         parts = zip(x_parts, goals, others, weights, constants, strict=True)
         tasks = [Task(*part, constant=layer.movable, rectified=self.rectified) for part in parts]
         variance = max(sum(task.variance for task in tasks), 1e-30)
-        lacks = [task.lacking(task.outputs()) for task in tasks]
+        lacks = [task.lacking(task.outputs) for task in tasks]
         before = sum(lacks) / variance
         if before < SAME:
             return LayerRepair(self.name, before, before)
         tasks = [task.fitted(lack) for task, lack in zip(tasks, lacks, strict=True)]
-        outputs = [task.outputs() for task in tasks]
+        outputs = [task.outputs for task in tasks]
         after = sum(task.lacking(result) for task, result in zip(tasks, outputs, strict=True)) / variance
         fitted = torch.cat([task.weights for task in tasks]), torch.cat([task.constants for task in tasks])
         layer.assign(*fitted, torch.cat(outputs, 1))

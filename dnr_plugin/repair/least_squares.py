@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -59,7 +60,7 @@ class Task:
         centered = replace(self, constants=self.constants + self.weights @ shift)._fitted()
         self.x.add_(center)
         fit = replace(centered, constants=centered.constants - centered.weights @ shift)
-        if fit.damping is None or fit.lacking(fit.outputs()) >= lacks:
+        if fit.damping is None or fit.lacking(fit.outputs) >= lacks:
             return self
         return fit
 
@@ -108,8 +109,9 @@ class Task:
             return self.lacking(self._outputs(*others.solve(damping)))
 
         damping, least = _first_minimum(loses, dampings)
-        return damping if least < self.lacking(self.outputs()) else None
+        return damping if least < self.lacking(self.outputs) else None
 
+    @functools.cached_property
     def outputs(self) -> Tensor:
         """What comes out of the rows before anything is added, shape [R, out]."""
         return self._outputs(self.weights, self.constants)

@@ -41,7 +41,7 @@ def test_rows_and_inputs_give_the_same(rows: int, inputs: int, constant: bool) -
 def test_few_rows_are_solved_by_rows(monkeypatch: pytest.MonkeyPatch, rectified: bool) -> None:
     """No matrix of the inputs is ever made."""
     given = task(60, 200, rectified=rectified)
-    before = given.lacking(given.outputs())
+    before = given.lacking(given.outputs)
 
     def unexpected(*_: object) -> Tensor:
         raise AssertionError
@@ -49,4 +49,4 @@ def test_few_rows_are_solved_by_rows(monkeypatch: pytest.MonkeyPatch, rectified:
     monkeypatch.setattr(least_squares, "outer_products", unexpected)
     fitted = given.fitted(before)
     assert fitted.damping is not None
-    assert fitted.lacking(fitted.outputs()) < 0.5 * before
+    assert fitted.lacking(fitted.outputs) < 0.5 * before
