@@ -83,8 +83,8 @@ def appearing(file: Path) -> Iterator[Path]:
         raise RunError(f"{file}: cannot be written: {error.strerror or error}") from error
 
 
-def write_checked(model: nn.Module, example: Tensor, file: Path, format: str, what: str) -> float:
-    """Writes a model, reads it back and compares the outputs.
+def write_model(model: nn.Module, example: Tensor, file: Path, format: str, what: str) -> None:
+    """Writes a model, with a free batch size.
 
     Args:
         model: in eval mode, on the CPU.
@@ -93,27 +93,41 @@ def write_checked(model: nn.Module, example: Tensor, file: Path, format: str, wh
         format: a key of `FORMATS`.
         what: is exported, in errors.
 
+    Raises:
+        RunError: the model cannot be exported.
+    """
+    with _expressed(format, what), silent():
+        FORMATS[format][0](model, example.expand(_TRACED, -1, -1, -1).contiguous(), file)
+
+
+def write_checked(model: nn.Module, example: Tensor, file: Path, format: str, what: str) -> float:
+    """`write_model`, which reads the file back and compares the outputs.
+
     Returns:
         See `export_model`.
 
     Raises:
         RunError: the model cannot be exported, or the outputs differ by more than `LIMIT`.
     """
-    write, read = FORMATS[format]
-    try:
-        with silent():
-            write(model, example.expand(_TRACED, -1, -1, -1).contiguous(), file)
-            difference = _difference(model, read(file), example)
-    except OSError:
-        raise
-    except Exception as error:  # whatever an exporter makes of the user's network
-        raise RunError(f"{what}: {format} cannot express this model: {first_line(error)}") from error
+    write_model(model, example, file, format, what)
+    with _expressed(format, what), silent():
+        difference = _difference(model, FORMATS[format][1](file), example)
     if not difference <= LIMIT:  # NaN too
         raise RunError(
             f"{what}: expected the outputs of the model within {LIMIT:g} of the largest, found that {format} differs "
             f"by {difference:.1e}; nothing was written"
         )
     return difference
+
+
+@contextlib.contextmanager
+def _expressed(format: str, what: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:  # whatever an exporter makes of the user's network
+        raise RunError(f"{what}: {format} cannot express this model: {first_line(error)}") from error
 
 
 def check_packages() -> None:

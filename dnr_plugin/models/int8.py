@@ -13,8 +13,13 @@ from torch import Tensor
 from dnr_plugin.errors import InputError, RunError, first_line
 from dnr_plugin.models.export import silent
 
-_WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")  # which hold nearly all of a network's weights and work
+_WEIGHTED = ("Conv", "Gemm", "MatMul")  # which hold nearly all of a network's weights and work
 _STEPS = ("QuantizeLinear", "DequantizeLinear")
+# which move numbers or give fixed ones, and compute nothing
+_MOVES = (
+    "Concat", "Constant", "Expand", "Flatten", "Gather", "Identity", "Pad", "Reshape", "Slice", "Split", "Squeeze",
+    "Transpose", "Unsqueeze",
+)  # fmt: skip
 
 
 def quantise(source: Path, target: Path, batches: Iterable[Tensor]) -> dict[str, int]:
@@ -80,10 +85,11 @@ class _Reader:
 def _operators(file: Path) -> tuple[Counter[str], Counter[str]]:
     """Types of the operators that compute in 8 bits, and of those in floats, with their numbers.
 
-    In 8 bits is what reads dequantised values, weights included, and whose result is quantised: what ONNX Runtime makes
-    one integer kernel of. Sizes and indices are counted nowhere.
+    In 8 bits is what reads dequantised values, weights included, and whose result is quantised, where ONNX Runtime has
+    an integer kernel for it. Sizes, indices and what only moves values are counted nowhere.
     """
     onnx = importlib.import_module("onnx")
+    kernels = importlib.import_module("onnxruntime.quantization.registry").QLinearOpsRegistry
     graph = onnx.shape_inference.infer_shapes(onnx.load(file)).graph
     floats = {
         info.name for info in (*graph.value_info, *graph.output)
@@ -97,9 +103,9 @@ def _operators(file: Path) -> tuple[Counter[str], Counter[str]]:
     whole: Counter[str] = Counter()
     left: Counter[str] = Counter()
     for node in graph.node:
-        if node.op_type in _STEPS or node.op_type == "Constant" or not floats & {*node.output}:
+        if node.op_type in (*_STEPS, *_MOVES) or not floats & {*node.output}:
             continue
         reads = node.input[: 2 if node.op_type in _WEIGHTED else 1]
         quantised = dequantised >= {*reads} and readers.get(node.output[0]) == {"QuantizeLinear"}
-        (whole if quantised else left)[node.op_type] += 1
+        (whole if quantised and node.op_type in kernels else left)[node.op_type] += 1
     return whole, left

@@ -11,14 +11,14 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dnr_plugin.data.images import Data
 from dnr_plugin.data.registry import load_data
 from dnr_plugin.devices import device_name
 from dnr_plugin.errors import InputError, RunError
 from dnr_plugin.models.build import rebuild
-from dnr_plugin.models.export import OnnxModel, appearing, check_file, check_packages, write_checked
+from dnr_plugin.models.export import OnnxModel, appearing, check_file, check_packages, write_checked, write_model
 from dnr_plugin.models.int8 import counted, quantise
 from dnr_plugin.models.saved import saved_model
 from dnr_plugin.network.cost import timed_in_turn
@@ -137,7 +137,7 @@ def export_int8(
     with appearing(file) as written:
         dense, pruned = (written.with_name(f"{written.name}.{name}") for name in ("dense", "pruned"))
         write_checked(model, example, pruned, "onnx", str(folder))
-        write_checked(rebuild(builder, allow_import).eval(), example, dense, "onnx", f"{folder}, dense")
+        write_model(_of_the_size(rebuild(builder, allow_import)), example, dense, "onnx", f"{folder}, dense")
         images = calibration_images(data.train, samples, recipe.seed, shown("calibrating"), batch=_CALIBRATED)
         floats = quantise(pruned, written, (batch for batch, _ in images))
         before = evaluate(OnnxModel(pruned), data.test, progress=shown("evaluating"))
@@ -155,6 +155,19 @@ def export_int8(
             for (name, path), *figures in zip(files.items(), accuracies, one, many, strict=True)
         ]
     return Int8Export(recipe.name, networks, samples, len(data.test), floats)
+
+
+def _of_the_size(fresh: nn.Module) -> nn.Module:
+    """A new network, in eval mode, that takes as much room as a trained one.
+
+    New ones have many tensors of nothing but zeros or ones, which an ONNX file holds once.
+    """
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for tensor in (*fresh.parameters(), *fresh.buffers()):
+            if tensor.is_floating_point():
+                tensor.add_(torch.randn(tensor.shape, generator=generator), alpha=1e-3)
+    return fresh.eval()
 
 
 def _batches(data: Data) -> list[Tensor]:
