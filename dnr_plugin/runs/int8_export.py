@@ -84,14 +84,21 @@ class Int8Export:
     def notes(self) -> list[str]:
         """What a reader should know beside the table, one sentence a line."""
         runtime = importlib.import_module("onnxruntime").__version__
+        dense, pruned = (statistics.median(network.one) for network in self.networks[:2])
         left = f"{counted(self.floats)} in float32, the other operators" if self.floats else "all operators"
-        return [
+        lines = [
             f"In the 8-bit file: {left} in 8 bits; calibrated on {self.calibrated} training images of the run.",
             f"Accuracy on its {self.tested} test images: pruned ones in ONNX Runtime, dense as the run measured it.",
             "A run keeps no dense weights: file and times of the dense network are those of a new one of its sizes.",
             f"Times are medians (quartiles), measured in turn in ONNX Runtime {runtime}, "
             f"{device_name(torch.device('cpu'))}.",
         ]
+        if pruned > dense:
+            lines.append(
+                "The pruned network is slower than the dense one: float convolutions of ONNX Runtime want channels in "
+                "multiples of 8 or 16, which prune.round_to keeps."
+            )
+        return lines
 
 
 def export_int8(

@@ -26,7 +26,7 @@ from dnr_plugin.models.export import OnnxModel
 from dnr_plugin.recipe.load import load_recipe
 from dnr_plugin.recipe.sections import ModelOptions
 from dnr_plugin.runs import int8_export
-from dnr_plugin.runs.int8_export import Int8Export, export_int8
+from dnr_plugin.runs.int8_export import Exported, Int8Export, export_int8
 from dnr_plugin.runs.run import run_recipe
 from dnr_plugin.training.evaluation import evaluate
 
@@ -122,6 +122,17 @@ def test_the_command_prints_one_table(exported: Done) -> None:
     assert "1 ReduceMean in float32, the other operators in 8 bits; calibrated on 128 training images" in out
     assert "Accuracy on its 60 test images" in out
     assert out.endswith(f"Written to {exported.file}\n")
+
+
+def test_a_network_that_pruning_made_slower_is_told() -> None:
+    def notes(pruned: float) -> str:
+        times = {"dense": 0.2, "pruned": pruned, "pruned, int8": 0.1}
+        networks = [Exported(name, 100, 0.9, [seconds] * 5, [seconds] * 5) for name, seconds in times.items()]
+        return " ".join(Int8Export("run", networks, 64, 60, {}).notes())
+
+    assert "all operators in 8 bits" in notes(0.1)
+    assert "prune.round_to" not in notes(0.1)
+    assert "slower than the dense one" in notes(0.3) and "prune.round_to" in notes(0.3)
 
 
 def test_what_loses_accuracy_is_not_written(
