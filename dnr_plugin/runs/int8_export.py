@@ -149,7 +149,8 @@ def export_int8(
         floats = quantise(pruned, written, (batch for batch, _ in images))
         before = evaluate(OnnxModel(pruned), data.test, progress=shown("evaluating"))
         after = evaluate(OnnxModel(written), data.test, progress=shown("evaluating in 8 bits"))
-        if before - after > LIMIT:
+        lost = round((before - after) * len(data.test))  # images: whole numbers, of which two points are two points
+        if lost > LIMIT * len(data.test):
             raise RunError(
                 f"int8: expected at most {100 * LIMIT:g} points of accuracy lost on the {len(data.test)} test images, "
                 f"found {100 * before:.2f} % before and {100 * after:.2f} % in 8 bits; nothing was written"
