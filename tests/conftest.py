@@ -17,8 +17,9 @@ import dnr_plugin.pruning.plan as plan_module
 import dnr_plugin.runs.run as run_module
 from dnr_plugin.data import registry
 from dnr_plugin.data.images import Data
-from dnr_plugin.network.cost import latencies
+from dnr_plugin.network.cost import latencies, timed_in_turn
 from dnr_plugin.recipe.sections import DataOptions
+from dnr_plugin.runs import int8_export
 
 torch.manual_seed(0)  # for what is drawn while tests are collected
 
@@ -57,6 +58,7 @@ def timed_briefly() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for module in (run_module, plan_module):
             patch.setattr(module, "latencies", partial(latencies, seconds=0.1))
+        patch.setattr(int8_export, "timed_in_turn", partial(timed_in_turn, seconds=0.1))
         yield
 
 

@@ -7,7 +7,8 @@ import json
 from pathlib import Path
 
 from dnr_plugin.cli.arguments import Commands, command, takes_saved
-from dnr_plugin.cli.output import DONE, show
+from dnr_plugin.cli.output import DONE, show, track
+from dnr_plugin.errors import InputError
 
 
 def register(commands: Commands) -> None:
@@ -22,6 +23,10 @@ def register(commands: Commands) -> None:
     export.add_argument(
         "--format", choices=("onnx", "torch"), required=True,
         help='onnx, which needs: pip install "dnr_plugin[export]"; torch: for torch.export.load',
+    )  # fmt: skip
+    export.add_argument(
+        "--int8", action="store_true",
+        help="with onnx: in 8-bit integers, calibrated on the run's training images and checked on its test images",
     )  # fmt: skip
     export.add_argument("--output", metavar="FILE", required=True, help="a file that does not exist yet")
     takes_saved(export)
@@ -58,6 +63,8 @@ def _report(arguments: argparse.Namespace) -> int:
 def _export(arguments: argparse.Namespace) -> int:
     from dnr_plugin.models.export import BATCHES, export_model
 
+    if arguments.int8:
+        return _export_int8(arguments)
     difference = export_model(
         arguments.folder, arguments.output, format=arguments.format, shape=arguments.input,
         allow_import=arguments.allow_import,
@@ -67,6 +74,20 @@ def _export(arguments: argparse.Namespace) -> int:
         f"Written to {arguments.output}; on random images in batches of {batches} its outputs differ from the "
         f"model's by at most {difference:.1e} of the largest."
     )
+    return DONE
+
+
+def _export_int8(arguments: argparse.Namespace) -> int:
+    from dnr_plugin.runs.int8_export import export_int8
+
+    if arguments.format != "onnx":
+        raise InputError(f"--int8: expected --format onnx, found {arguments.format}")
+    if arguments.input is not None:
+        raise InputError(
+            f"--input: expected nothing with --int8, which takes the run's images, found {arguments.input}"
+        )
+    exported = export_int8(arguments.folder, arguments.output, allow_import=arguments.allow_import, track=track)
+    show(exported.table(), *(f"- {note}" for note in exported.notes()), f"Written to {arguments.output}")
     return DONE
 
 

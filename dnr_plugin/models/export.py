@@ -56,35 +56,86 @@ def export_model(
         hint = did_you_mean(format, FORMATS)
         raise InputError(f"--format: expected one of {', '.join(FORMATS)}, found {format!r}{hint}")
     if format == "onnx":
-        _check_packages()
-    _check_file(file)
+        check_packages()
+    check_file(file)
     model, _, example = saved_model(Path(folder), shape, allow_import)
-    write, read = FORMATS[format]
+    with appearing(file) as written:
+        return write_checked(model, example, written, format, str(folder))
+
+
+@contextlib.contextmanager
+def appearing(file: Path) -> Iterator[Path]:
+    """A path to write to; what lies there becomes ``file`` when the block ends, as a whole, or not at all.
+
+    It is in a folder of its own, beside the file, which goes with all that is left in it.
+
+    Raises:
+        RunError: the system refuses to write.
+    """
     try:
-        # beside the file, so that it appears there as a whole or not at all
-        with tempfile.TemporaryDirectory(dir=file.parent, prefix=f".{file.name}.") as scratch, _silent():
+        with tempfile.TemporaryDirectory(dir=file.parent, prefix=f".{file.name}.") as scratch:
             written = Path(scratch) / file.name
-            try:
-                write(model, example.expand(_TRACED, -1, -1, -1).contiguous(), written)
-                difference = _difference(model, read(written), example)
-            except OSError:
-                raise
-            except Exception as error:  # whatever an exporter makes of the user's network
-                raise RunError(f"{folder}: {format} cannot express this model: {first_line(error)}") from error
-            if not difference <= LIMIT:  # NaN too
-                raise RunError(
-                    f"{file}: expected the outputs of the model within {LIMIT:g} of the largest, found a difference of "
-                    f"{difference:.1e}; nothing was written"
-                )
+            yield written
             with written.open("rb") as done:
                 os.fsync(done.fileno())
             os.replace(written, file)
     except OSError as error:
         raise RunError(f"{file}: cannot be written: {error.strerror or error}") from error
+
+
+def write_model(model: nn.Module, example: Tensor, file: Path, format: str, what: str) -> None:
+    """Writes a model, with a free batch size.
+
+    Args:
+        model: in eval mode, on the CPU.
+        example: one image that it takes, [1, C, H, W].
+        file: to write.
+        format: a key of `FORMATS`.
+        what: is exported, in errors.
+
+    Raises:
+        RunError: the model cannot be exported.
+    """
+    with _expressed(format, what), silent():
+        FORMATS[format][0](model, example.expand(_TRACED, -1, -1, -1).contiguous(), file)
+
+
+def write_checked(model: nn.Module, example: Tensor, file: Path, format: str, what: str) -> float:
+    """`write_model`, which reads the file back and compares the outputs.
+
+    Returns:
+        See `export_model`.
+
+    Raises:
+        RunError: the model cannot be exported, or the outputs differ by more than `LIMIT`.
+    """
+    write_model(model, example, file, format, what)
+    with _expressed(format, what), silent():
+        difference = _difference(model, FORMATS[format][1](file), example)
+    if not difference <= LIMIT:  # NaN too
+        raise RunError(
+            f"{what}: expected the outputs of the model within {LIMIT:g} of the largest, found that {format} differs "
+            f"by {difference:.1e}; nothing was written"
+        )
     return difference
 
 
-def _check_packages() -> None:
+@contextlib.contextmanager
+def _expressed(format: str, what: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:  # whatever an exporter makes of the user's network
+        raise RunError(f"{what}: {format} cannot express this model: {first_line(error)}") from error
+
+
+def check_packages() -> None:
+    """Refuses ONNX where its packages are not installed.
+
+    Raises:
+        InputError: with the one that is missing.
+    """
     for name in _PACKAGES:
         try:
             importlib.import_module(name)
@@ -94,7 +145,12 @@ def _check_packages() -> None:
             ) from None
 
 
-def _check_file(file: Path) -> None:
+def check_file(file: Path) -> None:
+    """Refuses a file to write that is there, or whose folder cannot be written to.
+
+    Raises:
+        InputError: in one line.
+    """
     if file.exists():
         raise InputError(f"--output: expected a new file, found {file}, which exists")
     if not file.parent.is_dir():
@@ -133,21 +189,38 @@ def _write_onnx(model: nn.Module, images: Tensor, file: Path) -> None:
     program.save(file, external_data=False)
 
 
-def _read_onnx(file: Path) -> Runner:
-    onnxruntime = importlib.import_module("onnxruntime")
-    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
-    return lambda images: torch.from_numpy(session.run(["scores"], {"images": images.numpy()})[0])
+class OnnxModel(nn.Module):
+    """An ONNX file that this package wrote, in ONNX Runtime on the CPU, with as many threads as torch uses.
+
+    A module, so that it can be evaluated like the network that it was.
+
+    Args:
+        file: with an input ``images``, float32 [N, C, H, W], and an output ``scores``.
+    """
+
+    def __init__(self, file: Path) -> None:
+        super().__init__()
+        onnxruntime = importlib.import_module("onnxruntime")
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        options.log_severity_level = 3  # errors
+        # else threads of a session that has just run slow down the next one, when several are timed in turn
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+        self._session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+
+    def forward(self, images: Tensor) -> Tensor:
+        return torch.from_numpy(self._session.run(["scores"], {"images": images.numpy()})[0])
 
 
 # How a format is written, and how it is read back.
 FORMATS: dict[str, tuple[Callable[[nn.Module, Tensor, Path], None], Callable[[Path], Runner]]] = {
-    "onnx": (_write_onnx, _read_onnx),
+    "onnx": (_write_onnx, OnnxModel),
     "torch": (_write_torch, _read_torch),
 }
 
 
 @contextlib.contextmanager
-def _silent() -> Iterator[None]:
+def silent() -> Iterator[None]:
     """Without what the exporters log, print and warn about themselves: a failure is one line of ours."""
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)

@@ -9,8 +9,9 @@ import contextlib
 import statistics
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -173,24 +174,35 @@ def latencies(models: list[nn.Module], inputs: Any, *, seconds: float = 2.0, war
         warmup: rounds not counted.
     """
     device = next(models[0].parameters()).device
-    times: list[list[float]] = [[] for _ in models]
 
-    def run(model: nn.Module) -> float:
-        start = time.perf_counter()
+    def run(model: nn.Module) -> None:
         call_as_it_is(model, inputs)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        return time.perf_counter() - start
 
     with torch.no_grad(), contextlib.ExitStack() as modes:
         for model in models:
             modes.enter_context(kept_modes(model))
             model.eval()
-        for _ in range(warmup):
-            for model in models:
-                run(model)
-        end = time.perf_counter() + seconds
-        while time.perf_counter() < end or len(times[0]) < 5:
-            for model, measured in zip(models, times, strict=True):
-                measured.append(run(model))
+        times = timed_in_turn([partial(run, model) for model in models], seconds=seconds, warmup=warmup)
     return [statistics.median(measured) for measured in times]
+
+
+def timed_in_turn(calls: Sequence[Callable[[], object]], *, seconds: float = 2.0, warmup: int = 3) -> list[list[float]]:
+    """Seconds of every round of each call, made in turn so that drift hits all alike.
+
+    Args:
+        calls: what to time; each ends when its work is done.
+        seconds: about how long to measure, all calls together; at least 5 rounds are run.
+        warmup: rounds not counted.
+    """
+    times: list[list[float]] = [[] for _ in calls]
+    for call in [*calls] * warmup:
+        call()
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(times[0]) < 5:
+        for call, measured in zip(calls, times, strict=True):
+            start = time.perf_counter()
+            call()
+            measured.append(time.perf_counter() - start)
+    return times

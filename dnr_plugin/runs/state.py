@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dnr_plugin.data.images import Data
+from dnr_plugin.data.images import Data, ImageSource
 from dnr_plugin.devices import to_device
 from dnr_plugin.errors import InputError, first_line
 from dnr_plugin.files import atomic_write, read_json_lines
@@ -36,6 +36,28 @@ BATCH = 250  # images per step where nothing is learned: observing, recalibratin
 def quiet(items: Iterable[Any], total: int, what: str) -> Iterable[Any]:
     """A `Track` that shows nothing."""
     return items
+
+
+def calibration_images(
+    source: ImageSource, samples: int, seed: int, progress: Progress, augment: Sequence[str] = (), batch: int = BATCH
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The first images in an order of a run's seed, with their labels, in equal batches.
+
+    Args:
+        source: the training images.
+        samples: how many; all where there are fewer.
+        seed: of the run.
+        progress: wraps the batches for display.
+        augment: see `ImageSource.batches`.
+        batch: most images in one.
+    """
+    remaining = min(samples, len(source))
+    steps = -(-remaining // batch)
+    size = -(-remaining // steps)  # equal batches: BatchNorm fails on one image
+    batches = source.batches(size, seed=derive_seed(seed, "calibration"), augment=augment)
+    for images, labels in progress(islice(batches, steps), steps):
+        yield images[:remaining], labels[:remaining]
+        remaining -= len(images)
 
 
 class RunState:
@@ -78,14 +100,7 @@ class RunState:
 
     def labelled(self, samples: int, what: str, augment: Sequence[str] = ()) -> Iterator[tuple[Tensor, Tensor]]:
         """The images of `calibration` with their labels."""
-        remaining = min(samples, len(self.train_images))
-        seed = derive_seed(self.recipe.seed, "calibration")
-        steps = -(-remaining // BATCH)
-        size = -(-remaining // steps)  # equal batches: BatchNorm fails on one image
-        batches = self.train_images.batches(size, seed=seed, augment=augment)
-        for images, labels in self.track(islice(batches, steps), steps, what):
-            yield images[:remaining], labels[:remaining]
-            remaining -= len(images)
+        return calibration_images(self.train_images, samples, self.recipe.seed, self.shown(what), augment)
 
     def accuracy(self) -> float:
         """On the test images."""
