@@ -25,7 +25,7 @@ from dnr_plugin.observation.observer import Observer
 from dnr_plugin.pruning.groups import prunable_layers
 from dnr_plugin.pruning.layers import Layer, Limits
 from dnr_plugin.pruning.numbering import renumbered
-from dnr_plugin.pruning.order import SCOPES
+from dnr_plugin.pruning.order import COUNTED_SCOPES
 from dnr_plugin.pruning.plan import plan_removal
 from dnr_plugin.pruning.removal import prune_neurons
 from dnr_plugin.pruning.targets import Baseline, baseline
@@ -122,8 +122,10 @@ class DyingNeuronDynamics:
         policy = Policy(when, kind, value, patience, ramp, margin, max_share, dying_entropy)
         if min_samples < 1:
             raise ValueError(f"min_samples: expected at least 1, found {min_samples}")
-        if scope not in SCOPES:
-            raise ValueError(f"scope: expected one of {', '.join(SCOPES)}, found {scope!r}")
+        if scope not in COUNTED_SCOPES:
+            raise ValueError(f"scope: expected one of {', '.join(COUNTED_SCOPES)}, found {scope!r}")
+        if limits.round_to == "auto":  # what is timed could not be resumed
+            raise ValueError("limits: expected a number for round_to, which is not measured while training, found auto")
         model = eager(model)
         self.model, self.example, self.optimizer = model, one_sample(example_inputs), optimizer
         self.when, self.policy, self.min_samples = when, policy, min_samples

@@ -6,6 +6,7 @@ import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 import torch_pruning as tp
@@ -25,7 +26,8 @@ class Limits:
     Attributes:
         ignored: layers left exactly as they are, neither outputs nor inputs removed; names or shell patterns. A name
             covers everything inside it.
-        round_to: keep a multiple of this many channels.
+        round_to: keep a multiple of this many channels; "auto": of as many below which smaller steps save no time, as
+            `plan_removal` measures on its inputs. Until it has, any number.
         max_pruning_ratio: largest share in (0, 1] taken from one group, of its size in the dense model; None: all but
             `min_channels` in scope "local", and 0.9 in the others, which else leave some layers with one channel.
         min_channels: units that every part of a group keeps, >= 1: neurons, in every channel group.
@@ -33,7 +35,7 @@ class Limits:
     """
 
     ignored: Sequence[str] = ()
-    round_to: int | None = None
+    round_to: int | Literal["auto"] | None = None
     max_pruning_ratio: float | None = None
     min_channels: int = 1
     verify: bool = True
@@ -183,7 +185,8 @@ def _portions(units: int, first: int, each: int, limits: Limits) -> list[int]:
         units: of a part; first: in the dense model.
         each: neurons of a unit.
     """
-    multiple = limits.round_to // math.gcd(limits.round_to, each) if limits.round_to else 1
+    rounded = limits.round_to if isinstance(limits.round_to, int) else 1
+    multiple = rounded // math.gcd(rounded, each) if rounded else 1
     ratio = 1.0 if limits.max_pruning_ratio is None else limits.max_pruning_ratio
     floor = max(limits.min_channels, math.ceil(first * (1.0 - ratio) - 1e-9), 1)
     portions: list[int] = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,14 +17,20 @@ from dnr_plugin.network.calling import copied, eager
 from dnr_plugin.network.cost import flop_report, latencies
 from dnr_plugin.network.dependencies import inexact_reason
 from dnr_plugin.pruning.cost_model import CostModel
-from dnr_plugin.pruning.groups import Survey
-from dnr_plugin.pruning.layers import Limits
-from dnr_plugin.pruning.order import SCOPES, Step, layer_steps, ordered, savings_of
+from dnr_plugin.pruning.groups import Prunable, Survey
+from dnr_plugin.pruning.latency import LatencyModel
+from dnr_plugin.pruning.latency_table import LatencyTable
+from dnr_plugin.pruning.layers import Layer, Limits, layer_of
+from dnr_plugin.pruning.order import SCOPES, TIMED_SCOPES, Costs, Step, layer_steps, ordered, savings_of
 from dnr_plugin.pruning.removal import prune_neurons
 from dnr_plugin.pruning.targets import Baseline, Dead, Target, baseline, target_of
 from dnr_plugin.scoring.importance import DyingNeuronImportance
 
 _EXACT = 1e-9  # of a share: a prediction that comes so close was no guess
+_NEAR, _TRIES = (
+    0.02,
+    8,
+)  # a latency so little below what was asked, as a share of that, will do; else after so many tries
 
 
 @dataclass
@@ -40,6 +46,8 @@ class Plan:
         zero: of ``removals``, the neurons whose removal changes nothing.
         skipped: groups left alone, as (root layer, reason).
         sizes: neurons of each root layer that was considered, before this removal.
+        predicted: of a latency target, what times of layers predict; ``achieved`` is measured.
+        round_to: channels of which layers keep a multiple; as measured, where the limits left it to that.
     """
 
     removals: dict[str, list[int]]
@@ -52,6 +60,8 @@ class Plan:
     zero: dict[str, list[int]] = field(default_factory=dict)
     skipped: list[tuple[str, str]] = field(default_factory=list)
     sizes: dict[str, int] = field(default_factory=dict)
+    predicted: float | None = None
+    round_to: int | None = None
 
     @property
     def removed(self) -> int:
@@ -144,17 +154,23 @@ def plan_removal(
     limits: Limits = Limits(),
     dense: Baseline | None = None,
     dying: Mapping[str, Tensor] | None = None,
+    table: LatencyTable | None = None,
 ) -> Plan:
     """Chooses neurons so that a target is just reached: with one removal step less it would not be.
+
+    Latency is predicted from measured times of layers, then measured beside the dense model's and corrected, until it
+    is at most 2 % below what was asked: what is closer is noise.
 
     Neurons that are dead on the observed samples go first, in every scope. Then, by scope: "local" takes equal shares
     of all layers, "global" ranks all neurons by score, "isomorphic" takes equal shares of each class of like groups
     and ranks within the class, "cost_aware" ranks all neurons by ``score / saved ** 0.7`` with what the removal of each
     saves: FLOPs (also for latency) or parameters of the network as it is now; where neurons count, as "global".
+    "latency_aware" does so with the time that it saves, in steps that the hardware rounds to (`Limits.round_to` "auto",
+    where it is None).
 
     Args:
         model: the network as it is now.
-        example_inputs: as Torch-Pruning takes them.
+        example_inputs: as Torch-Pruning takes them; where time is measured, the batch that it is measured on.
         importance: a `DyingNeuronImportance` that has observed this model, or any Torch-Pruning criterion.
         kind: one of `targets.TARGETS`.
         value: share kept ("flops", "params", "latency") or removed ("neuron_sparsity", "weight_sparsity").
@@ -162,8 +178,10 @@ def plan_removal(
         limits: what may be taken.
         dense: the dense model's `baseline`; this model by default.
         dying: root layer -> neurons that go as the dead ones do, bool, shape [n].
+        table: times of layers, where they are needed; by default that of this machine, kept in the user's cache.
 
     Raises:
+        RunError: times are needed, and the machine is too noisy to tell.
         TargetError: the target cannot be reached; with the closest value, and the plan that reaches it.
         ValueError: an argument is unknown.
     """
@@ -172,12 +190,17 @@ def plan_removal(
         raise ValueError(f"scope: expected one of {', '.join(SCOPES)}, found {scope!r}{did_you_mean(scope, SCOPES)}")
     if isinstance(target, Dead) and not isinstance(importance, DyingNeuronImportance):
         raise ValueError("kind: 'dead' needs a DyingNeuronImportance, which observes what is dead")
+    if scope in TIMED_SCOPES and not target.timed:
+        raise ValueError(f"scope: expected another than {scope} with {kind}, which does not count time, found {scope}")
     survey = Survey(model, example_inputs)
     if dense is None:
         dense = baseline(model, example_inputs, keep_model=target.timed, survey=survey, verify=limits.verify)
         target.check_counts(dense.report)
-    prunable = survey.within(limits.in_scope(scope), dense.sizes)
-    layers, skipped, neurons = prunable.layers, prunable.skipped, prunable.neurons
+    limits = limits.in_scope(scope)
+    prunable = survey.within(limits, dense.sizes)
+    skipped, neurons = prunable.skipped, prunable.neurons
+    timing = _timing(survey, example_inputs, prunable, scope, target, limits, table)
+    layers, rounded, latency = timing.layers, timing.round_to, timing.model
     zero: dict[str, Tensor] = {}
     dead_in: dict[str, int] = {}
     steps: list[Step] = []
@@ -197,20 +220,31 @@ def plan_removal(
             dead_in[layer.name] = int(is_dead.sum())
         steps += layer_steps(index, layer, scores, is_dead)
     report = flop_report(model, example_inputs)
-    steps = ordered(steps, layers, scope, savings_of(model, report, layers, target, scope))
-
     cost = CostModel(model, report)
+    steps = ordered(steps, layers, scope, savings_of(steps, layers, target, scope, Costs(cost, latency)))
     splits = split_modules(model)
-    predicted = [target.measure(cost.flops, cost.params, neurons, dense)]
+    started = 1.0
+    if latency is not None and neurons != dense.neurons:
+        assert dense.model is not None
+        before, after = latencies([dense.model, model], example_inputs)
+        started = after / before
+
+    def measure() -> float:
+        return target.measure(cost.flops, cost.params, remaining, dense) if latency is None else started * latency.share
+
     remaining, taken = neurons, defaultdict[str, set[int]](set)
+    predicted = [measure()]
     for step in steps:
         layer = layers[step.layer]
-        cost.remove({key: count * len(step.units) for key, count in layer.parts[step.part].effect.items()})
+        effect = {key: count * len(step.units) for key, count in layer.parts[step.part].effect.items()}
+        cost.remove(effect)
+        if latency is not None:
+            latency.remove(effect)
         for name, gone in completed(splits, {layer.name: layer.neurons(step.units)}).items():
             new = {*gone} - taken[name]
             taken[name] |= new
             remaining -= len(new)
-        predicted.append(target.measure(cost.flops, cost.params, remaining, dense))
+        predicted.append(measure())
 
     def removals(count: int) -> dict[str, list[int]]:
         chosen: dict[str, list[int]] = {}
@@ -245,7 +279,7 @@ def plan_removal(
                         (name, f"{stay} of {number} dead neurons stay: round_to, max_pruning_ratio or channel groups")
                     )
         elif target.timed:
-            count, achieved = _bisect(len(steps), target, measured)
+            count, achieved = _nearly_reached(target, predicted, measured)
         else:
             count, achieved = _first_reached(target, predicted, measured)
     except TargetError as error:
@@ -262,6 +296,8 @@ def plan_removal(
         {name: [i for i in gone if name in zero and zero[name][i]] for name, gone in chosen.items()},
         skipped,
         {layer.name: layer.size for layer in layers},
+        predicted[count] if target.timed else None,
+        rounded,
     )
     if unreachable is not None:
         raise TargetError(str(unreachable), achieved, plan) from unreachable
@@ -293,16 +329,53 @@ def _first_reached(target: Target, predicted: Sequence[float], measured: Callabl
     return met, best
 
 
-def _bisect(last: int, target: Target, measured: Callable[[int], float]) -> tuple[int, float]:
-    """The fewest removal steps whose measured latency meets the target; timings are not monotone, so approximately."""
-    low, high, best = 0, last, measured(last)
-    if best > target.value:
-        raise target.unreachable(best)
-    while high - low > max(1, last // 256):
-        middle = (low + high) // 2
-        achieved = measured(middle)
-        if achieved <= target.value:
-            high, best = middle, achieved
+def _nearly_reached(target: Target, predicted: Sequence[float], measured: Callable[[int], float]) -> tuple[int, float]:
+    """The removal step that measures nearest below the target of those that prediction, corrected with the last
+    measurement, leads to. Timings are not monotone, so there is no first one."""
+    last, error = len(predicted) - 1, 0.0
+    missed, met, best = -1, last + 1, 0.0
+    for _ in range(_TRIES):
+        guess = next((k for k in range(last + 1) if target.reached(predicted[k] + error)), last)
+        count = min(max(guess, missed + 1), met - 1)
+        achieved = measured(count)
+        error = achieved - predicted[count]
+        if target.reached(achieved):
+            met, best = count, achieved
+            if achieved >= target.value * (1.0 - _NEAR):
+                break
         else:
-            low = middle
-    return high, best
+            missed = count
+        if met - 1 <= missed:
+            break
+    if met <= last:
+        return met, best
+    closest = achieved if missed == last else measured(last)
+    if not target.reached(closest):
+        raise target.unreachable(closest)
+    return last, closest
+
+
+@dataclass(frozen=True)
+class _Timing:
+    layers: list[Layer]
+    round_to: int | None
+    model: LatencyModel | None
+
+
+def _timing(
+    survey: Survey, inputs: Any, prunable: Prunable, scope: str, target: Target, limits: Limits,
+    table: LatencyTable | None,
+) -> _Timing:  # fmt: skip
+    """What times of layers tell: how many channels go at once, and the latency, where the target is one."""
+    auto = limits.round_to == "auto" or (scope in TIMED_SCOPES and limits.round_to is None)
+    given = limits.round_to if isinstance(limits.round_to, int) else None
+    if not auto and not target.timed:
+        return _Timing(prunable.layers, given, None)
+    table = table or LatencyTable(next(survey.model.parameters()).device)
+    model = LatencyModel(survey.model, inputs, prunable.layers, table, stairs_only=not target.timed)
+    layers = prunable.layers
+    if auto:
+        given = model.multiple
+        limits = replace(limits, round_to=given)
+        layers = [layer_of(layer.group, layer.name, layer.first, survey.names, limits) for layer in layers]
+    return _Timing(layers, given, model if target.timed else None)

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from dnr_plugin.errors import InputError
 from dnr_plugin.files import atomic_write
 from dnr_plugin.recipe.schema import Recipe
-from dnr_plugin.recipe.schema_wording import problem_line
+from dnr_plugin.recipe.schema_wording import located_option, problem_line
 from dnr_plugin.recipe.wording import as_found, labelled
 from dnr_plugin.recipe.yaml_document import (
     MAX_BYTES,
@@ -83,7 +83,8 @@ def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = (), var
         recipe = Recipe.model_validate(document.data)
     except ValidationError as exc:
         errors = exc.errors(include_url=False)
-        problems += [problem_line(error, document) for error in errors if error["loc"] not in document.reported]
+        lines = (problem_line(e, document) for e in errors if located_option(e["loc"]) not in document.reported)
+        problems += dict.fromkeys(lines)  # a value of neither type of an option is an error for each
     if problems:
         raise InputError(*problems)
     return recipe

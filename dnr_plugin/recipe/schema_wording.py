@@ -18,13 +18,32 @@ _BOUNDS = {"minimum": "of at least", "exclusiveMinimum": "above", "maximum": "at
 
 
 def _resolve(option: dict[str, Any]) -> dict[str, Any]:
-    """An option's JSON schema without indirection and without the null of an optional one."""
+    """An option's JSON schema without indirection and without the null of an optional one.
+
+    ``words`` are the values that it may have beside those of its type.
+    """
+    words = [choice["const"] for choice in option.get("anyOf", []) if "const" in choice]
     for choice in option.get("anyOf", []):
-        if choice.get("type") != "null":
+        if choice.get("type") != "null" and "const" not in choice:
             option = {**option, **choice}
+    if words:
+        option = {**option, "words": words}
     if "$ref" in option:
         option = {**_SCHEMA["$defs"][option["$ref"].rpartition("/")[2]], **option}
     return option
+
+
+def located_option(path: Loc) -> Loc:
+    """Where pydantic found an error, without what it adds to an option that may be of one type or another."""
+    option: dict[str, Any] = _SCHEMA
+    for count, part in enumerate(path):
+        if "words" in option:
+            return path[:count]
+        choices = option.get("items") if isinstance(part, int) else option.get("properties", {}).get(part)
+        if choices is None:
+            return path
+        option = _resolve(choices)
+    return path
 
 
 def _option(path: Loc) -> dict[str, Any]:
@@ -57,7 +76,7 @@ def _expected(option: dict[str, Any], given: Any = None) -> str:
     if option.get("maximum", 0) >= _FAR and not (isinstance(given, int | float) and given > option["maximum"]):
         option = {key: value for key, value in option.items() if key != "maximum"}
     bounds = [f"{words} {_number(option[key])}" for key, words in _BOUNDS.items() if key in option]
-    return " ".join([_KINDS[option["type"]], " and ".join(bounds)]).strip()
+    return " or ".join([" ".join([_KINDS[option["type"]], " and ".join(bounds)]).strip(), *option.get("words", [])])
 
 
 def _number(value: float) -> str:
@@ -66,7 +85,7 @@ def _number(value: float) -> str:
 
 def problem_line(error: Any, document: Document) -> str:
     """One of pydantic's errors as a line."""
-    path: Loc = error["loc"]
+    path = located_option(error["loc"])
     if error["type"] == "value_error":
         return _combination(path, str(error["ctx"]["error"]), document)
     if error["type"] == "extra_forbidden":

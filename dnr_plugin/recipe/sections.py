@@ -86,7 +86,10 @@ class TargetOptions(Section):
     flops: float | None = Field(default=None, gt=0.0, lt=1.0, description="share of the FLOPs that is kept")
     params: float | None = Field(default=None, gt=0.0, lt=1.0, description="share of the parameters that is kept")
     latency: float | None = Field(
-        default=None, gt=0.0, lt=1.0, description="share of the latency of a batch of 8 that is kept, measured"
+        default=None,
+        gt=0.0,
+        lt=1.0,
+        description="share of the latency of a batch of 8 that is kept: predicted, then measured",
     )
     neuron_sparsity: float | None = Field(
         default=None, gt=0.0, lt=1.0, description="share of the neurons that is removed"
@@ -232,11 +235,11 @@ class PruneOptions(Section):
         "and its default), variation (the default of dynamic), contribution, magnitude, dormancy, firing_rate, "
         "sample_activity, entropy or on_off_entropy",
     )
-    scope: Annotated[Literal["local", "global", "isomorphic", "cost_aware"] | None, _REMOVING] = Field(
+    scope: Annotated[Literal["local", "global", "isomorphic", "cost_aware", "latency_aware"] | None, _REMOVING] = Field(
         default=None,
         description="rank within each layer (local), over the whole network (global), among layers of like structure, "
-        "or over the whole network by score for what the removal saves (cost_aware); by default cost_aware with "
-        "redundancy and local with other scores",
+        "or over the whole network by score for what the removal saves, as counted (cost_aware) or in time "
+        "(latency_aware, with target latency); by default cost_aware with redundancy and local with other scores",
     )
     repair: Annotated[bool, _AFTER_TRAINING] = Field(
         default=True,
@@ -264,8 +267,10 @@ class PruneOptions(Section):
     steps: Annotated[int, _AFTER_TRAINING] = Field(
         default=1, ge=1, le=1000, description="after_training only: observe and remove in this many equal steps"
     )
-    round_to: Annotated[int | None, _REMOVING] = Field(
-        default=None, ge=2, le=65_536, description="keep a multiple of this many channels in every layer"
+    round_to: Annotated[Annotated[int, Field(ge=2, le=65_536)] | Literal["auto"] | None, _REMOVING] = Field(
+        default=None,
+        description="keep a multiple of this many channels in every layer; auto (after_training only): of as many as "
+        "this machine computes in the time of fewer, as measured",
     )
     max_pruning_ratio: Annotated[float, _REMOVING] = Field(
         default=0.9, gt=0.0, le=1.0, description="largest share taken from one layer"
@@ -353,6 +358,12 @@ class PruneOptions(Section):
             raise ValueError(
                 f"target: expected another than {kind} with mode dynamic, whose timings could not be resumed, "
                 f"found {kind}"
+            )
+        if self.mode == "dynamic" and self.round_to == "auto":
+            raise ValueError("round_to: expected a number with mode dynamic, while which nothing is timed, found auto")
+        if self.scope == "latency_aware" and self.target is not None and self.target.kind != "latency":
+            raise ValueError(
+                f"scope: expected another with target {self.target.kind}, which counts no time, found latency_aware"
             )
         if self.mode == "dynamic" and self.fold is False and self.dynamics.patience and self.dynamics.zero:
             raise ValueError("fold: expected nothing where candidates are zeroed, found false")

@@ -10,7 +10,7 @@ from typing import NamedTuple, TypeVar
 
 from dnr_plugin.benchmarks.criteria.contenders import CRITERIA
 from dnr_plugin.errors import InputError, did_you_mean
-from dnr_plugin.pruning.order import SCOPES
+from dnr_plugin.pruning.order import COUNTED_SCOPES
 
 SEEDS, LEVELS = "0,1,2", "0.75,0.5,0.35,0.25,0.15"
 DEFAULT_SCOPES = ("local", "global", "isomorphic")
@@ -85,7 +85,7 @@ def grid_of(
     grid = Grid(
         listed("--seeds", SEEDS if seeds is None else seeds, seed),
         listed("--criteria", ",".join(CRITERIA) if criteria is None else criteria, one_of(CRITERIA)),
-        listed("--scopes", ",".join(DEFAULT_SCOPES) if scopes is None else scopes, one_of(SCOPES)),
+        listed("--scopes", ",".join(DEFAULT_SCOPES) if scopes is None else scopes, one_of(COUNTED_SCOPES)),
         listed("--levels", LEVELS if levels is None else levels, level),
     )
     if problems:

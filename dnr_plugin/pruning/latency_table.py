@@ -1,0 +1,314 @@
+"""Measured times of single layers, kept in a file: what latency is predicted from.
+
+A layer's time hardly depends on its weights, so one is made anew at every width that is asked for. All widths are timed
+in turn, and each round counts by its share of what the round took: a machine that is slowed down for a second is so for
+all of them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dnr_plugin.devices import device_name
+from dnr_plugin.errors import InputError, RunError, first_line
+from dnr_plugin.files import atomic_write, read_json
+
+_FORMAT = 1
+_RUNTIME = "eager"
+NOISY = 0.1  # share by which times may be uncertain
+_TRIES = 3  # to become certain
+_TOGETHER = 2**30  # bytes of weights that are timed in turn; more are timed in parts
+_SECONDS, _LEAST, _MOST = 20.0, 5, 25  # rounds that are timed: within so many seconds, but no fewer and no more
+_CUDA_REPEATS = 10  # calls of a layer until the GPU is waited for, which a network does once for all its layers
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """What decides how long a layer takes.
+
+    Attributes:
+        type: class of torch.
+        options: arguments of its constructor beside channels, by name.
+        channels: inputs and outputs.
+        sizes: the input's dimensions but for its channels: batch, then positions.
+        dtype: of the input, as torch names it.
+        channels_last: whether the input lies so in memory.
+    """
+
+    type: str
+    options: tuple[tuple[str, Any], ...]
+    channels: tuple[int, int]
+    sizes: tuple[int, ...]
+    dtype: str = "float32"
+    channels_last: bool = False
+
+    @property
+    def key(self) -> str:
+        """Names it in the table's file."""
+        options = " ".join(f"{name}={value}" for name, value in self.options)
+        layout = " channels_last" if self.channels_last else ""
+        sizes, (inputs, outputs) = "x".join(map(str, self.sizes)), self.channels
+        return f"{_RUNTIME} {self.type} {inputs}->{outputs} at {sizes} {options} {self.dtype}{layout}"
+
+    def with_channels(self, inputs: int, outputs: int) -> LayerShape:
+        """The same layer of other widths."""
+        return replace(self, channels=(inputs, outputs))
+
+    def module(self) -> nn.Module:
+        """A layer of this shape; behind a norm of images follows the ReLU that is there nearly always."""
+        (inputs, outputs), options = self.channels, dict(self.options)
+        kind = getattr(nn, self.type)
+        if self.type.startswith("Conv"):
+            if options["groups"] == "depthwise":
+                options["groups"] = inputs
+            return kind(inputs, outputs, **options)  # type: ignore[no-any-return]
+        if self.type == "Linear":
+            return nn.Linear(inputs, outputs, **options)
+        if self.type == "GroupNorm":
+            return nn.GroupNorm(options.pop("num_groups"), outputs, **options)
+        if self.type == "LayerNorm":
+            return nn.LayerNorm(outputs, **options)
+        return nn.Sequential(kind(outputs, **options), nn.ReLU(inplace=True))
+
+    def input_shape(self) -> tuple[int, ...]:
+        """With the channels where the layer has them."""
+        inputs = self.channels[0]
+        if self.type in ("Linear", "LayerNorm"):
+            return (*self.sizes, inputs)
+        return (self.sizes[0], inputs, *self.sizes[1:])
+
+
+# Seconds of every round of each layer, then of a further call where one is given, all in turn.
+Measure = Callable[[Sequence[LayerShape], Callable[[], object] | None], list[list[float]]]
+
+
+class LatencyTable:
+    """Median seconds of one forward pass of layers, in eval mode.
+
+    Args:
+        device: that they are measured on.
+        file: where they are kept, `table_file` by default; None: nowhere. A file of another machine, or a damaged one,
+            is not used and written anew, with a warning.
+        measure: what times layers, `timed_layers` by default.
+    """
+
+    def __init__(
+        self, device: torch.device, file: str | os.PathLike[str] | None = "", *, measure: Measure | None = None
+    ) -> None:
+        self.device, self.machine = device, machine(device)
+        self.file = None if file is None else Path(file) if file else table_file(self.machine)
+        self._measure = measure or (lambda shapes, network: timed_layers(shapes, network, device))
+        self._layers: dict[str, float] = self._stored(tell=True)
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def seconds(self, shape: LayerShape) -> float:
+        """Of a layer that was asked for by `require`."""
+        return self._layers[shape.key]
+
+    def require(self, shapes: Iterable[LayerShape]) -> None:
+        """Measures those layers that the table lacks, and writes it.
+
+        Raises:
+            RunError: the times spread so much that they say nothing.
+        """
+        missing = list({shape.key: shape for shape in shapes if shape.key not in self._layers}.values())
+        if not missing:
+            return
+        medians = self.in_turn(missing)
+        self._layers |= {shape.key: seconds for shape, seconds in zip(missing, medians, strict=True)}
+        self._write()
+
+    def in_turn(self, shapes: Sequence[LayerShape], network: Callable[[], object] | None = None) -> list[float]:
+        """Measures layers, and a network, in turn, whatever the table holds; notes nothing.
+
+        Args:
+            shapes: of the layers.
+            network: runs it once.
+
+        Returns:
+            Median seconds of each layer, then of the network.
+
+        Raises:
+            RunError: the times spread so much that they say nothing.
+        """
+        rounds: list[list[float]] = [[] for _ in range(len(shapes) + (network is not None))]
+        spread = 0.0
+        for _ in range(_TRIES):
+            fresh = self._measure(shapes, network)
+            rounds = [[*before, *after] for before, after in zip(rounds, fresh, strict=True)]
+            steady = steadied(rounds)
+            medians = [statistics.median(times) for times in steady]
+            spread = sum(map(_uncertain, steady)) / sum(medians)
+            if spread <= NOISY:
+                return medians
+        raise RunError(
+            f"latency: expected layer times that are certain within {NOISY:.0%}, found a spread of {spread:.0%} after "
+            f"{len(rounds[0])} rounds: this machine is too busy to tell, try again when it is not"
+        )
+
+    def _stored(self, tell: bool = False) -> dict[str, float]:
+        """What the file holds, if it is of this machine."""
+        if self.file is None or not self.file.exists():
+            return {}
+        try:
+            stored = read_json(self.file)
+            if not isinstance(stored, dict) or stored.get("format") != _FORMAT or not _sound(stored.get("layers")):
+                raise InputError(f"{self.file}: expected a table of layer times, found damage or another format")
+            if stored.get("machine") != self.machine:
+                other = stored["machine"].get("device") if isinstance(stored.get("machine"), dict) else None
+                raise InputError(
+                    f"{self.file}: expected layer times of this machine ({self.machine['device']}, torch "
+                    f"{self.machine['torch']}), found those of another ({other})"
+                )
+        except InputError as error:
+            if tell:
+                warnings.warn(f"{error}; they are measured anew", stacklevel=4)
+            return {}
+        layers: dict[str, float] = stored["layers"]
+        return layers
+
+    def _write(self) -> None:
+        if self.file is None:
+            return
+        self._layers = {**self._stored(), **self._layers}  # with what another process has measured meanwhile
+        try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_write(self.file) as file:
+                json.dump({"format": _FORMAT, "machine": self.machine, "layers": self._layers}, file, indent=1)
+        except OSError as error:
+            warnings.warn(f"{self.file}: layer times are not kept: {first_line(error)}", stacklevel=4)
+
+
+def machine(device: torch.device) -> dict[str, str]:
+    """What layer times hold for: device with vector units and threads, torch, what cuDNN may choose."""
+    cudnn = torch.backends.cudnn
+    settings = f"cudnn {cudnn.version()}, benchmark {cudnn.benchmark}" if device.type == "cuda" else ""  # type: ignore[no-untyped-call]
+    return {"device": device_name(device), "torch": torch.__version__, "settings": settings}
+
+
+def table_file(machine: Mapping[str, str]) -> Path:
+    """Where the layer times of a machine are kept: one file each, in ``$XDG_CACHE_HOME/dnr_plugin``."""
+    import hashlib
+
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    digest = hashlib.sha256(json.dumps(machine, sort_keys=True).encode()).hexdigest()[:12]
+    return Path(cache).expanduser() / "dnr_plugin" / f"layer-times-{digest}.json"
+
+
+def timed_layers(
+    shapes: Sequence[LayerShape], network: Callable[[], object] | None, device: torch.device
+) -> list[list[float]]:
+    """A `Measure` that runs the layers; their inputs lie in the cache as far as they fit, their weights do not."""
+    largest = max((math.prod(shape.input_shape()) for shape in shapes), default=0)
+    inputs = {kind: torch.randn(largest, device=device).to(getattr(torch, kind)) for kind in {s.dtype for s in shapes}}
+    rounds: list[list[float]] = []
+    parts = [*_parts([_weights(shape) for shape in shapes])]
+    for part in parts:
+        calls = [_call(shapes[number], inputs[shapes[number].dtype], device) for number in part]
+        last = network if part is parts[-1] else None
+        rounds += _rounds(calls, last, _SECONDS * len(part) / max(len(shapes), 1), device)
+    return rounds
+
+
+def _weights(shape: LayerShape) -> int:
+    """Bytes of its weights, roughly."""
+    kernel: tuple[int, ...] = dict(shape.options).get("kernel_size", ())
+    return 4 * math.prod(shape.channels) * math.prod(kernel)
+
+
+def _parts(sizes: Sequence[int]) -> Iterator[list[int]]:
+    """Numbers of layers that are timed together: at least one part, and in each as many as memory has room for."""
+    part, held = list[int](), 0
+    for number, size in enumerate(sizes):
+        if part and held + size > _TOGETHER:
+            yield part
+            part, held = [], 0
+        part.append(number)
+        held += size
+    yield part
+
+
+def _call(shape: LayerShape, buffer: Tensor, device: torch.device) -> tuple[nn.Module, Tensor]:
+    sizes = shape.input_shape()
+    given = buffer[: math.prod(sizes)].view(sizes)
+    layer = shape.module().eval().to(device=device, dtype=given.dtype)
+    if shape.channels_last:
+        layer = layer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        batch, channels, *positions = sizes
+        given = buffer[: math.prod(sizes)].view(batch, *positions, channels).movedim(-1, 1)
+    return layer, given
+
+
+def _rounds(
+    calls: Sequence[tuple[nn.Module, Tensor]],
+    network: Callable[[], object] | None,
+    seconds: float,
+    device: torch.device,
+) -> list[list[float]]:
+    cuda = device.type == "cuda"
+    repeats = _CUDA_REPEATS if cuda else 1
+    times: list[list[float]] = [[] for _ in range(len(calls) + (network is not None))]
+    end = time.perf_counter() + seconds
+    number = -1  # the first is not counted
+    order, draws = [*range(len(calls))], random.Random(0)
+    with torch.no_grad():
+        while number < _LEAST or (number < _MOST and time.perf_counter() < end):
+            draws.shuffle(order)  # what ran before decides on caches and on the memory that is free
+            for index in order:
+                layer, given = calls[index]
+                given.abs_()  # as a network has just made it
+                if cuda:
+                    torch.cuda.synchronize(device)
+                start = time.perf_counter()
+                for _ in range(repeats):
+                    layer(given)
+                if cuda:
+                    torch.cuda.synchronize(device)
+                times[index].append((time.perf_counter() - start) / repeats)
+            if network is not None:
+                start = time.perf_counter()
+                network()
+                times[-1].append(time.perf_counter() - start)
+            number += 1
+    return [measured[1:] for measured in times]
+
+
+def steadied(rounds: Sequence[Sequence[float]]) -> list[list[float]]:
+    """Times of calls made in turn, each round scaled to last as long as the median round.
+
+    Args:
+        rounds: seconds of every round of each call.
+    """
+    totals = [sum(times) for times in zip(*rounds, strict=True)]
+    middle = statistics.median(totals)
+    return [[seconds * middle / total for seconds, total in zip(times, totals, strict=True)] for times in rounds]
+
+
+def _uncertain(times: Sequence[float]) -> float:
+    """How far the median of some times may be off, seconds: width of their middle half by the root of their number."""
+    if len(times) < 2:
+        return 0.0
+    lower, _, upper = statistics.quantiles(times, n=4, method="inclusive")
+    return (upper - lower) / math.sqrt(len(times))
+
+
+def _sound(layers: Any) -> bool:
+    """Whether it is seconds by keys."""
+    return isinstance(layers, dict) and all(
+        isinstance(seconds, float) and 0.0 < seconds < math.inf for seconds in layers.values()
+    )
