@@ -100,6 +100,10 @@ def _plan(arguments: argparse.Namespace) -> int:
     notes = [f"{layer} is left alone: {reason}." for layer, reason in plan.skipped]
     if recipe.model.checkpoint is None:
         notes.append("Weights are untrained: after training, other neurons go and layers may shrink differently.")
+    if plan.predicted is not None:
+        notes.insert(0, f"Times of layers predict {plan.predicted:.4f}.")
+    if plan.round_to is not None and recipe.prune.round_to != plan.round_to:
+        notes.insert(0, f"Layers keep multiples of {plan.round_to} channels, as measured.")
     show(
         layer_table(rows, f"{recipe.name}: what would be removed"),
         f"- {plan.removed} of {plan.neurons} neurons would go; {plan.dead} are dead.",

@@ -58,12 +58,15 @@ def facts(report: Mapping[str, Any]) -> list[str]:
     if target["kind"] is None:
         lines = ["The run watched its neurons and removed none."]
     else:
+        predicted = target.get("predicted")  # reports of earlier versions have none
+        told = "" if predicted is None else f"; {_value(predicted)} was predicted from times of layers"
         lines = [
-            f"Target {target['kind']}: {_value(target['requested'])} requested, {_value(target['achieved'])} achieved.",
+            f"Target {target['kind']}: {_value(target['requested'])} requested, {_value(target['achieved'])} "
+            f"achieved{told}.",
             f"Removed {_percent(report['sparsity']['neuron'])} of the neurons and "
             f"{_percent(report['sparsity']['weight'])} of the parameters.",
         ]
-    lines += count_warnings(report["unsupported_ops"])
+    lines += [*_rounding_facts(report), *count_warnings(report["unsupported_ops"])]
     when = "before the removal" if report.get("mode", "after_training") == "after_training" else "at the last check"
     counted_dead = f"{dead['neurons']} of {dead['of']} neurons were dead {when}"
     if target["kind"] is None:
@@ -98,6 +101,19 @@ def facts(report: Mapping[str, Any]) -> list[str]:
         f"{seconds['prune']:.0f} s pruning, {seconds['finetune']:.0f} s fine-tuning. {NOTE}"
     )
     return lines
+
+
+def _rounding_facts(report: Mapping[str, Any]) -> list[str]:
+    """Of how many channels layers kept a multiple, where that was measured."""
+    options, round_to = report["recipe"].get("prune", {}), report.get("round_to")
+    measured = options.get("round_to") == "auto" or (
+        options.get("scope") == "latency_aware" and options.get("round_to") is None
+    )
+    if not measured or round_to is None:
+        return []
+    if round_to == 1:
+        return ["Any number of channels was kept: as measured on layers, this machine rounds to no multiple."]
+    return [f"Multiples of {round_to} channels were kept: as measured on layers, smaller steps save no time here."]
 
 
 def _dynamics_facts(dynamics: Mapping[str, Any] | None, removed: bool) -> list[str]:

@@ -57,6 +57,7 @@ class _Target(_Stored):
     requested: bool | _Number | None
     achieved: _Number | None
     reached: bool
+    predicted: _Number | None = None
 
     @model_validator(mode="after")
     def _told(self) -> _Target:
@@ -139,6 +140,7 @@ class _Report(_Stored):
     skipped: list[_Skipped]
     unsupported_ops: dict[str, _Count]
     latency: _Latency | None = None
+    round_to: _Positive | None = None
     repair: _Repair | None = None
     dynamics: _Dynamics | None = None
     activation: _Activation = _Activation()

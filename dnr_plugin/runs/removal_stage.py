@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -58,7 +59,9 @@ def prune(run: RunState) -> None:
                 exactly_zero=len(plan.zero.get(name, [])), neurons=plan.sizes[name] - len(removed),
             )  # fmt: skip
         run.histories = importance.histories
-        done.achieved = plan.achieved
+        done.achieved, done.predicted, done.round_to = plan.achieved, plan.predicted, plan.round_to
+        if plan.round_to is not None:  # measured once, for all steps
+            run.limits = replace(run.limits, round_to=plan.round_to)
         if not done.reached:
             break
     run.results.removal = done
@@ -108,9 +111,10 @@ def plan_towards(run: RunState, importance: DyingNeuronImportance, target: Targe
 
     Raises:
         TargetError: it cannot be met; with the closest plan.
+        RunError: it needs times of layers, and the machine is too noisy to tell.
     """
     options = run.recipe.prune
-    inputs = timed_images(run) if target.timed else run.example
+    inputs = timed_images(run) if target.timed or run.limits.round_to == "auto" else run.example
     if target.timed and run.dense.model is None:
         run.dense = baseline(run.model, run.example, keep_model=True, verify=run.limits.verify)
     for _ in run.track([None], 1, "planning the removal"):

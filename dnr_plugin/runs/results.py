@@ -40,6 +40,8 @@ class Removal:
         skipped: groups left alone, as (root layer, reason).
         exact_neurons: removed ones that were exactly zero; max_abs_diff: how far the outputs moved by these.
         achieved: measure of the target, None where there is none; reached: whether it is met.
+        predicted: of a target of latency, what times of layers predict.
+        round_to: channels of which layers keep a multiple, given or measured; None: of any number.
         repair: of the last step, None where there was none.
     """
 
@@ -51,6 +53,8 @@ class Removal:
     achieved: float | None = None
     reached: bool = True
     repair: Repaired | None = None
+    predicted: float | None = None
+    round_to: int | None = None
 
 
 @dataclass
