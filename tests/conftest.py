@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from helpers.common import ROOT, TINY
+from helpers.layer_times import Measured, stairs
 from matplotlib.figure import Figure
 
 import dnr_plugin.pruning.plan as plan_module
@@ -18,6 +19,7 @@ import dnr_plugin.runs.run as run_module
 from dnr_plugin.data import registry
 from dnr_plugin.data.images import Data
 from dnr_plugin.network.cost import latencies, timed_in_turn
+from dnr_plugin.pruning import latency_table
 from dnr_plugin.recipe.sections import DataOptions
 from dnr_plugin.runs import int8_export
 
@@ -53,9 +55,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def timed_briefly() -> Iterator[None]:
-    """Latency is measured for two seconds after every run; that it is right is for `network/test_cost` to say."""
+def timed_briefly(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Latency is measured for two seconds after every run; that it is right is for `network/test_cost` to say.
+
+    Times of layers are made up, and kept in a folder of the tests' own.
+    """
+    measured = Measured(stairs(4))
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.setattr(latency_table, "timed_layers", lambda shapes, device: measured(shapes))
         for module in (run_module, plan_module):
             patch.setattr(module, "latencies", partial(latencies, seconds=0.1))
         patch.setattr(int8_export, "timed_in_turn", partial(timed_in_turn, seconds=0.1))

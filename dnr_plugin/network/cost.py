@@ -185,7 +185,20 @@ def latencies(models: list[nn.Module], inputs: Any, *, seconds: float = 2.0, war
             modes.enter_context(kept_modes(model))
             model.eval()
         times = timed_in_turn([partial(run, model) for model in models], seconds=seconds, warmup=warmup)
-    return [statistics.median(measured) for measured in times]
+    return [statistics.median(measured) for measured in steadied(times)]
+
+
+def steadied(rounds: Sequence[Sequence[float]]) -> list[list[float]]:
+    """Times of calls made in turn, each round scaled to last as long as the median round.
+
+    A machine that is slowed down for a while is so for all calls of a round.
+
+    Args:
+        rounds: seconds of every round of each call.
+    """
+    totals = [sum(times) for times in zip(*rounds, strict=True)]
+    middle = statistics.median(totals)
+    return [[seconds * middle / total for seconds, total in zip(times, totals, strict=True)] for times in rounds]
 
 
 def timed_in_turn(calls: Sequence[Callable[[], object]], *, seconds: float = 2.0, warmup: int = 3) -> list[list[float]]:

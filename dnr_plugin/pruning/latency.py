@@ -2,8 +2,9 @@
 
 In whole layers time is a staircase: hardware works on blocks of channels, and a block that is not full takes as long as
 one that is. Widths are rounded up to such a block; between measured blocks time is bilinear in the channels in and out.
-What the network does outside of the layers that are timed is constant: its latency, less the sum of their times when
-network and layers are measured in turn. Where that sum is the larger one, all times are scaled to it.
+In a network layers take longer than alone, or less long, as what they read is in the cache, and between them is what
+works element by element: all this goes with their time. What multiplies matrices outside of layers that can be timed
+alone, as attention does, is constant: a share of the latency as of the FLOPs.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dnr_plugin.network.calling import call, call_as_it_is, input_of, kept_modes, uncompiled
+from dnr_plugin.network.calling import call, input_of, kept_modes, uncompiled
+from dnr_plugin.network.cost import FlopReport
 from dnr_plugin.network.kinds import Depthwise, kind_of
 from dnr_plugin.pruning.cost_model import Effect
 from dnr_plugin.pruning.latency_table import LatencyTable, LayerShape
@@ -187,6 +189,7 @@ class LatencyModel:
         model: the network as it is now; stays as it is.
         inputs: the batch that it is timed on.
         layers: that may shrink.
+        report: of its FLOPs.
         table: of layer times; what it lacks is measured.
         stairs_only: whether only `multiple` is asked for, which takes fewer measurements.
 
@@ -194,14 +197,21 @@ class LatencyModel:
         multiple: of channels below which smaller steps save nothing, over all layers that shrink: 1 or one of
             `MULTIPLES`.
         share: of the latency now that remains.
-        rest: share of the latency now that is outside of the layers that are timed.
+        rest: share of the latency now that stays constant.
 
     Raises:
         RunError: the machine is too noisy to tell.
     """
 
     def __init__(
-        self, model: nn.Module, inputs: Any, layers: Iterable[Layer], table: LatencyTable, *, stairs_only: bool = False
+        self,
+        model: nn.Module,
+        inputs: Any,
+        layers: Iterable[Layer],
+        report: FlopReport,
+        table: LatencyTable,
+        *,
+        stairs_only: bool = False,
     ) -> None:
         shrinking = {side for layer in layers for part in layer.parts for side in part.effect}
         curves: dict[tuple[LayerShape, tuple[bool, bool]], _Curve] = {}
@@ -213,13 +223,16 @@ class LatencyModel:
         known = list(curves.values())
         table.require(shape for curve in known for shape in (curve.shape, *curve.probes()))
         self.multiple = self._multiple()
-        self.share, self.rest, self._scale = 1.0, 0.0, 0.0
+        self.share, self._scale = 1.0, 0.0
+        timed = sum(layer.flops for layer in report.layers if layer.name in self._layers)
+        self.rest = 1.0 - timed / report.flops if report.flops else 0.0
         if stairs_only:
             return
         for curve in known:
             curve.use_stairs()
         table.require(point for curve in known for point in curve.points())
-        self._calibrate(model, inputs, table)
+        whole = sum(layer.seconds() for layer in self._layers.values())
+        self._scale = (1.0 - self.rest) / whole if whole else 0.0
 
     def _multiple(self) -> int:
         """By what half steps save of all layers together."""
@@ -230,27 +243,6 @@ class LatencyModel:
                 for number, (saved, expected) in enumerate(curve.half_steps()):
                     sums[number] = sums[number][0] + weight * saved, sums[number][1] + weight * expected
         return _largest(sums)
-
-    def _calibrate(self, model: nn.Module, inputs: Any, table: LatencyTable) -> None:
-        """Finds what is outside of the layers."""
-        counts: Counter[LayerShape] = Counter()
-        for layer in self._layers.values():
-            for curve, times in layer.curves:
-                counts[curve.shape] += times
-        device = table.device
-
-        def run() -> None:
-            call_as_it_is(model, inputs)
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-
-        with kept_modes(model):
-            model.eval()
-            *of_layers, whole = table.in_turn(list(counts), run)
-        together = sum(times * seconds for times, seconds in zip(counts.values(), of_layers, strict=True))
-        self.rest = max(0.0, 1.0 - together / whole)
-        stored = sum(layer.seconds() for layer in self._layers.values())
-        self._scale = (1.0 - self.rest) / stored if stored else 0.0
 
     def remove(self, effect: Effect) -> float:
         """Takes channels away from the sides of layers; negative numbers give them back.

@@ -1,8 +1,7 @@
 """Measured times of single layers, kept in a file: what latency is predicted from.
 
 A layer's time hardly depends on its weights, so one is made anew at every width that is asked for. All widths are timed
-in turn, and each round counts by its share of what the round took: a machine that is slowed down for a second is so for
-all of them.
+in turn, in an order of its own each round, so that drift hits all alike.
 """
 
 from __future__ import annotations
@@ -28,8 +27,8 @@ from dnr_plugin.files import atomic_write, read_json
 
 _FORMAT = 1
 _RUNTIME = "eager"
-NOISY = 0.1  # share by which times may be uncertain
-_TRIES = 3  # to become certain
+NOISY = 0.1  # share by which times may differ between the even and the odd rounds
+_TRIES = 3  # with further rounds each
 _TOGETHER = 2**30  # bytes of weights that are timed in turn; more are timed in parts
 _SECONDS, _LEAST, _MOST = 20.0, 5, 25  # rounds that are timed: within so many seconds, but no fewer and no more
 _CUDA_REPEATS = 10  # calls of a layer until the GPU is waited for, which a network does once for all its layers
@@ -91,12 +90,12 @@ class LayerShape:
         return (self.sizes[0], inputs, *self.sizes[1:])
 
 
-# Seconds of every round of each layer, then of a further call where one is given, all in turn.
-Measure = Callable[[Sequence[LayerShape], Callable[[], object] | None], list[list[float]]]
+# Seconds of every round of each layer, all in turn.
+Measure = Callable[[Sequence[LayerShape]], list[list[float]]]
 
 
 class LatencyTable:
-    """Median seconds of one forward pass of layers, in eval mode.
+    """Seconds of one forward pass of layers, in eval mode.
 
     Args:
         device: that they are measured on.
@@ -110,7 +109,7 @@ class LatencyTable:
     ) -> None:
         self.device, self.machine = device, machine(device)
         self.file = None if file is None else Path(file) if file else table_file(self.machine)
-        self._measure = measure or (lambda shapes, network: timed_layers(shapes, network, device))
+        self._measure = measure or (lambda shapes: timed_layers(shapes, device))
         self._layers: dict[str, float] = self._stored(tell=True)
 
     def __len__(self) -> int:
@@ -129,37 +128,20 @@ class LatencyTable:
         missing = list({shape.key: shape for shape in shapes if shape.key not in self._layers}.values())
         if not missing:
             return
-        medians = self.in_turn(missing)
-        self._layers |= {shape.key: seconds for shape, seconds in zip(missing, medians, strict=True)}
-        self._write()
-
-    def in_turn(self, shapes: Sequence[LayerShape], network: Callable[[], object] | None = None) -> list[float]:
-        """Measures layers, and a network, in turn, whatever the table holds; notes nothing.
-
-        Args:
-            shapes: of the layers.
-            network: runs it once.
-
-        Returns:
-            Median seconds of each layer, then of the network.
-
-        Raises:
-            RunError: the times spread so much that they say nothing.
-        """
-        rounds: list[list[float]] = [[] for _ in range(len(shapes) + (network is not None))]
-        spread = 0.0
+        rounds: list[list[float]] = [[] for _ in missing]
+        spread = math.inf
         for _ in range(_TRIES):
-            fresh = self._measure(shapes, network)
-            rounds = [[*before, *after] for before, after in zip(rounds, fresh, strict=True)]
-            steady = steadied(rounds)
-            medians = [statistics.median(times) for times in steady]
-            spread = sum(map(_uncertain, steady)) / sum(medians)
+            rounds = [[*before, *after] for before, after in zip(rounds, self._measure(missing), strict=True)]
+            spread = _spread(rounds)
             if spread <= NOISY:
-                return medians
-        raise RunError(
-            f"latency: expected layer times that are certain within {NOISY:.0%}, found a spread of {spread:.0%} after "
-            f"{len(rounds[0])} rounds: this machine is too busy to tell, try again when it is not"
-        )
+                break
+        else:
+            raise RunError(
+                f"latency: expected layer times that repeat within {NOISY:.0%}, found a spread of {spread:.0%} after "
+                f"{len(rounds[0])} rounds: this machine is too busy to tell; try again when it is not"
+            )
+        self._layers |= {shape.key: undisturbed(times) for shape, times in zip(missing, rounds, strict=True)}
+        self._write()
 
     def _stored(self, tell: bool = False) -> dict[str, float]:
         """What the file holds, if it is of this machine."""
@@ -210,18 +192,14 @@ def table_file(machine: Mapping[str, str]) -> Path:
     return Path(cache).expanduser() / "dnr_plugin" / f"layer-times-{digest}.json"
 
 
-def timed_layers(
-    shapes: Sequence[LayerShape], network: Callable[[], object] | None, device: torch.device
-) -> list[list[float]]:
+def timed_layers(shapes: Sequence[LayerShape], device: torch.device) -> list[list[float]]:
     """A `Measure` that runs the layers; their inputs lie in the cache as far as they fit, their weights do not."""
-    largest = max((math.prod(shape.input_shape()) for shape in shapes), default=0)
+    largest = max(math.prod(shape.input_shape()) for shape in shapes)
     inputs = {kind: torch.randn(largest, device=device).to(getattr(torch, kind)) for kind in {s.dtype for s in shapes}}
     rounds: list[list[float]] = []
-    parts = [*_parts([_weights(shape) for shape in shapes])]
-    for part in parts:
+    for part in _parts([_weights(shape) for shape in shapes]):
         calls = [_call(shapes[number], inputs[shapes[number].dtype], device) for number in part]
-        last = network if part is parts[-1] else None
-        rounds += _rounds(calls, last, _SECONDS * len(part) / max(len(shapes), 1), device)
+        rounds += _rounds(calls, _SECONDS * len(part) / len(shapes), device)
     return rounds
 
 
@@ -232,7 +210,7 @@ def _weights(shape: LayerShape) -> int:
 
 
 def _parts(sizes: Sequence[int]) -> Iterator[list[int]]:
-    """Numbers of layers that are timed together: at least one part, and in each as many as memory has room for."""
+    """Numbers of layers that are timed together: in each part as many as memory has room for."""
     part, held = list[int](), 0
     for number, size in enumerate(sizes):
         if part and held + size > _TOGETHER:
@@ -240,7 +218,8 @@ def _parts(sizes: Sequence[int]) -> Iterator[list[int]]:
             part, held = [], 0
         part.append(number)
         held += size
-    yield part
+    if part:
+        yield part
 
 
 def _call(shape: LayerShape, buffer: Tensor, device: torch.device) -> tuple[nn.Module, Tensor]:
@@ -256,13 +235,12 @@ def _call(shape: LayerShape, buffer: Tensor, device: torch.device) -> tuple[nn.M
 
 def _rounds(
     calls: Sequence[tuple[nn.Module, Tensor]],
-    network: Callable[[], object] | None,
     seconds: float,
     device: torch.device,
 ) -> list[list[float]]:
     cuda = device.type == "cuda"
     repeats = _CUDA_REPEATS if cuda else 1
-    times: list[list[float]] = [[] for _ in range(len(calls) + (network is not None))]
+    times: list[list[float]] = [[] for _ in calls]
     end = time.perf_counter() + seconds
     number = -1  # the first is not counted
     order, draws = [*range(len(calls))], random.Random(0)
@@ -280,31 +258,19 @@ def _rounds(
                 if cuda:
                     torch.cuda.synchronize(device)
                 times[index].append((time.perf_counter() - start) / repeats)
-            if network is not None:
-                start = time.perf_counter()
-                network()
-                times[-1].append(time.perf_counter() - start)
             number += 1
     return [measured[1:] for measured in times]
 
 
-def steadied(rounds: Sequence[Sequence[float]]) -> list[list[float]]:
-    """Times of calls made in turn, each round scaled to last as long as the median round.
-
-    Args:
-        rounds: seconds of every round of each call.
-    """
-    totals = [sum(times) for times in zip(*rounds, strict=True)]
-    middle = statistics.median(totals)
-    return [[seconds * middle / total for seconds, total in zip(times, totals, strict=True)] for times in rounds]
+def undisturbed(times: Sequence[float]) -> float:
+    """The lower quartile: what else runs on a machine only ever adds to a time, and often to half of the rounds."""
+    return statistics.quantiles(times, n=4, method="inclusive")[0] if len(times) > 1 else times[0]
 
 
-def _uncertain(times: Sequence[float]) -> float:
-    """How far the median of some times may be off, seconds: width of their middle half by the root of their number."""
-    if len(times) < 2:
-        return 0.0
-    lower, _, upper = statistics.quantiles(times, n=4, method="inclusive")
-    return (upper - lower) / math.sqrt(len(times))
+def _spread(rounds: Sequence[Sequence[float]]) -> float:
+    """By how much the even and the odd rounds disagree, as a share of the times; over all layers, each by its time."""
+    halves = [(undisturbed(times[::2]), undisturbed(times[1::2])) for times in rounds]
+    return sum(abs(even - odd) for even, odd in halves) / sum(max(half) for half in halves)
 
 
 def _sound(layers: Any) -> bool:

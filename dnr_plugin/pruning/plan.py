@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dnr_plugin.errors import InputError, TargetError, did_you_mean
 from dnr_plugin.network.attention import completed, split_modules
 from dnr_plugin.network.calling import copied, eager
-from dnr_plugin.network.cost import flop_report, latencies
+from dnr_plugin.network.cost import FlopReport, flop_report, latencies
 from dnr_plugin.network.dependencies import inexact_reason
 from dnr_plugin.pruning.cost_model import CostModel
 from dnr_plugin.pruning.groups import Prunable, Survey
@@ -199,7 +199,8 @@ def plan_removal(
     limits = limits.in_scope(scope)
     prunable = survey.within(limits, dense.sizes)
     skipped, neurons = prunable.skipped, prunable.neurons
-    timing = _timing(survey, example_inputs, prunable, scope, target, limits, table)
+    report = flop_report(model, example_inputs)
+    timing = _timing(survey, example_inputs, prunable, scope, target, limits, report, table)
     layers, rounded, latency = timing.layers, timing.round_to, timing.model
     zero: dict[str, Tensor] = {}
     dead_in: dict[str, int] = {}
@@ -219,7 +220,6 @@ def plan_removal(
                 zero[layer.name] = layer.whole(verdict.zero)
             dead_in[layer.name] = int(is_dead.sum())
         steps += layer_steps(index, layer, scores, is_dead)
-    report = flop_report(model, example_inputs)
     cost = CostModel(model, report)
     steps = ordered(steps, layers, scope, savings_of(steps, layers, target, scope, Costs(cost, latency)))
     splits = split_modules(model)
@@ -364,15 +364,16 @@ class _Timing:
 
 def _timing(
     survey: Survey, inputs: Any, prunable: Prunable, scope: str, target: Target, limits: Limits,
-    table: LatencyTable | None,
+    report: FlopReport, table: LatencyTable | None,
 ) -> _Timing:  # fmt: skip
     """What times of layers tell: how many channels go at once, and the latency, where the target is one."""
     auto = limits.round_to == "auto" or (scope in TIMED_SCOPES and limits.round_to is None)
     given = limits.round_to if isinstance(limits.round_to, int) else None
     if not auto and not target.timed:
         return _Timing(prunable.layers, given, None)
-    table = table or LatencyTable(next(survey.model.parameters()).device)
-    model = LatencyModel(survey.model, inputs, prunable.layers, table, stairs_only=not target.timed)
+    if table is None:
+        table = LatencyTable(next(survey.model.parameters()).device)
+    model = LatencyModel(survey.model, inputs, prunable.layers, report, table, stairs_only=not target.timed)
     layers = prunable.layers
     if auto:
         given = model.multiple

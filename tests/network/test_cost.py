@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dnr_plugin.network import cost
 from dnr_plugin.network.calling import one_sample
-from dnr_plugin.network.cost import count_params, flop_report, latencies
+from dnr_plugin.network.cost import count_params, flop_report, latencies, steadied
 from dnr_plugin.network.kinds import kind_of
 
 warnings.filterwarnings("ignore", category=FutureWarning)
@@ -206,6 +206,11 @@ def test_operators_without_a_count_are_named() -> None:
 def test_channels(module: nn.Module, expected: tuple[int, int]) -> None:
     """Each kind of layer tells its inputs and outputs."""
     assert kind_of(module).channels == expected
+
+
+def test_rounds_are_scaled_to_the_median_round() -> None:
+    """So that a round that is slow for all calls does not count for more."""
+    assert steadied([[1.0, 2.0, 3.0], [1.0, 2.0, 9.0]]) == [[2.0, 2.0, 1.0], [2.0, 2.0, 3.0]]
 
 
 def test_latencies_are_taken_in_turn() -> None:
