@@ -18,7 +18,7 @@ import dnr_plugin.pruning.plan as plan_module
 import dnr_plugin.runs.run as run_module
 from dnr_plugin.data import registry
 from dnr_plugin.data.images import Data
-from dnr_plugin.network.cost import latencies, timed_in_turn
+from dnr_plugin.network.cost import forward_times, latencies, timed_in_turn
 from dnr_plugin.pruning import latency_table
 from dnr_plugin.recipe.sections import DataOptions
 from dnr_plugin.runs import int8_export
@@ -64,8 +64,8 @@ def timed_briefly(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         patch.setattr(latency_table, "timed_layers", lambda shapes, device: measured(shapes))
-        for module in (run_module, plan_module):
-            patch.setattr(module, "latencies", partial(latencies, seconds=0.1))
+        patch.setattr(plan_module, "latencies", partial(latencies, seconds=0.1))
+        patch.setattr(run_module, "forward_times", partial(forward_times, seconds=0.1))
         patch.setattr(int8_export, "timed_in_turn", partial(timed_in_turn, seconds=0.1))
         yield
 

@@ -173,6 +173,11 @@ def latencies(models: list[nn.Module], inputs: Any, *, seconds: float = 2.0, war
         seconds: about how long to measure, all models together; at least 5 rounds are run.
         warmup: rounds not counted.
     """
+    return [statistics.median(times) for times in forward_times(models, inputs, seconds=seconds, warmup=warmup)]
+
+
+def forward_times(models: list[nn.Module], inputs: Any, *, seconds: float = 2.0, warmup: int = 3) -> list[list[float]]:
+    """Seconds of every round of a forward pass of each model, `steadied`; see `latencies`."""
     device = next(models[0].parameters()).device
 
     def run(model: nn.Module) -> None:
@@ -184,8 +189,7 @@ def latencies(models: list[nn.Module], inputs: Any, *, seconds: float = 2.0, war
         for model in models:
             modes.enter_context(kept_modes(model))
             model.eval()
-        times = timed_in_turn([partial(run, model) for model in models], seconds=seconds, warmup=warmup)
-    return [statistics.median(measured) for measured in steadied(times)]
+        return steadied(timed_in_turn([partial(run, model) for model in models], seconds=seconds, warmup=warmup))
 
 
 def steadied(rounds: Sequence[Sequence[float]]) -> list[list[float]]:

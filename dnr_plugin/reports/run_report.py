@@ -15,6 +15,8 @@ from dnr_plugin.reports.html import html_images, html_items, html_page
 from dnr_plugin.reports.layer_report import NOTE, count_footnotes, count_warnings, layer_table
 from dnr_plugin.reports.table import Table, markdown_items, plain_markdown
 
+_FOLLOWS, _FEW = 0.5, 0.05  # share of the fall in FLOPs below which time did not follow; a fall that is none
+
 
 def _percent(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.2f} %"
@@ -29,7 +31,7 @@ def _count(value: float) -> str:
 
 def summary_rows(report: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
     """(measure, dense, pruned, pruned as a share of dense) for a run's report."""
-    dense, pruned, latency = report["dense"], report["pruned"], report.get("latency")
+    dense, pruned = report["dense"], report["pruned"]
     # a run that removes while it trains has no dense network to compare with
     known = dense["accuracy"] is not None
     change = f"{100 * (pruned['accuracy'] - dense['accuracy']):+.2f} points" if known else "-"
@@ -40,16 +42,23 @@ def summary_rows(report: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
         ("parameters", _count(dense["params"]), _count(pruned["params"]), _percent(report["kept"]["params"])),
         ("FLOPs", _count(dense["flops"]), _count(pruned["flops"]), _percent(report["kept"]["flops"])),
     ]
-    if latency:
+    for timed in _timed(report):
+        spread = timed.get("spread")
         rows.append(
             (
-                f"latency, batch {latency['batch']}",
-                f"{latency['dense_ms']:.2f} ms",
-                f"{latency['pruned_ms']:.2f} ms",
-                _percent(latency["ratio"]),
+                f"latency, batch {timed['batch']}",
+                f"{timed['dense_ms']:.2f} ms",
+                f"{timed['pruned_ms']:.2f} ms",
+                _percent(timed["ratio"]) + ("" if spread is None else f" ± {50 * spread:.1f}"),
             )
         )
     return rows
+
+
+def _timed(report: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Latencies by batch; reports of earlier versions have one, or none."""
+    one = report.get("latency")
+    return list(report.get("latencies") or ([one] if one else []))
 
 
 def facts(report: Mapping[str, Any]) -> list[str]:
@@ -67,6 +76,7 @@ def facts(report: Mapping[str, Any]) -> list[str]:
             f"{_percent(report['sparsity']['weight'])} of the parameters.",
         ]
     lines += [*_rounding_facts(report), *count_warnings(report["unsupported_ops"])]
+    lines += _slow_facts(report)
     when = "before the removal" if report.get("mode", "after_training") == "after_training" else "at the last check"
     counted_dead = f"{dead['neurons']} of {dead['of']} neurons were dead {when}"
     if target["kind"] is None:
@@ -101,6 +111,19 @@ def facts(report: Mapping[str, Any]) -> list[str]:
         f"{seconds['prune']:.0f} s pruning, {seconds['finetune']:.0f} s fine-tuning. {NOTE}"
     )
     return lines
+
+
+def _slow_facts(report: Mapping[str, Any]) -> list[str]:
+    """Where FLOPs fell and time did not."""
+    kept = report["kept"]["flops"]
+    slow = [t for t in _timed(report) if (1 - t["ratio"]) < _FOLLOWS * (1 - kept) and kept < 1 - _FEW]
+    if not slow:
+        return []
+    shown = ", ".join(f"{_percent(t['ratio'])} at batch {t['batch']}" for t in slow)
+    return [
+        f"FLOPs fell to {_percent(kept)}, but time to no less than {shown}: hardware rounds channels up, and a small "
+        "layer takes as long as a call. Target latency and round_to auto go by measured times."
+    ]
 
 
 def _rounding_facts(report: Mapping[str, Any]) -> list[str]:

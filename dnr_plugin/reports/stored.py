@@ -97,6 +97,7 @@ class _Latency(_Stored):
     dense_ms: _Amount
     pruned_ms: _Amount
     ratio: _Amount
+    spread: _Amount | None = None
 
 
 class _Repair(_Stored):
@@ -140,6 +141,7 @@ class _Report(_Stored):
     skipped: list[_Skipped]
     unsupported_ops: dict[str, _Count]
     latency: _Latency | None = None
+    latencies: list[_Latency] = []
     round_to: _Positive | None = None
     repair: _Repair | None = None
     dynamics: _Dynamics | None = None

@@ -19,10 +19,11 @@ from dnr_plugin.runs.results import CheckSums, Results
 
 @dataclass(frozen=True)
 class Measured:
-    """Of a run's final model: accuracy, latency beside the dense one's, and the activations it has."""
+    """Of a run's final model: accuracy, latency beside the dense one's by batch, the batch of a target, activations."""
 
     accuracy: float
-    latency: dict[str, Any]
+    latencies: Sequence[Mapping[str, Any]]
+    batch: int
     activation: dict[str, Any]
 
 
@@ -67,7 +68,8 @@ def outcome(
         },
         "sparsity": {"neuron": 1 - now.neurons / dense.neurons, "weight": 1 - kept["params"]},
         "kept": kept,
-        "latency": measured.latency,
+        "latency": next(timed for timed in measured.latencies if timed["batch"] == measured.batch),
+        "latencies": measured.latencies,
         "target": {
             "kind": target.kind if target else None,
             "requested": (True if target.kind == "dead" else target.value) if target else None,

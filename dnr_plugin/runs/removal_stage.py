@@ -23,7 +23,7 @@ from dnr_plugin.runs.results import Removal, Repaired
 from dnr_plugin.runs.state import BATCH, RunState
 from dnr_plugin.scoring.importance import DyingNeuronImportance
 
-TIMED = 8  # images per forward pass where latency is measured
+TIMED, MANY = 8, 32  # images per forward pass: where latency is a target, and where it is a matter of throughput
 
 
 def prune(run: RunState) -> None:
@@ -125,9 +125,9 @@ def plan_towards(run: RunState, importance: DyingNeuronImportance, target: Targe
     return plan
 
 
-def timed_images(run: RunState) -> Tensor:
-    """The batch on which latency is measured."""
-    return run.example.expand(TIMED, -1, -1, -1).contiguous()
+def timed_images(run: RunState, batch: int = TIMED) -> Tensor:
+    """A batch on which latency is measured."""
+    return run.example.expand(batch, -1, -1, -1).contiguous()
 
 
 def _remove(run: RunState, plan: Plan, importance: DyingNeuronImportance, done: Removal) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import statistics
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,14 @@ from dnr_plugin.errors import InputError, RunError
 from dnr_plugin.files import locked
 from dnr_plugin.models.activations.recording import activation_summary
 from dnr_plugin.models.saved import describe, write_saved
-from dnr_plugin.network.cost import latencies
+from dnr_plugin.network.cost import forward_times
 from dnr_plugin.pruning.targets import baseline
 from dnr_plugin.recipe.load import write_recipe
 from dnr_plugin.recipe.schema import Recipe
 from dnr_plugin.reports.run_report import write_report
 from dnr_plugin.runs.checks import check_ranks, check_recipe, check_sizes
 from dnr_plugin.runs.outcome import Measured, outcome
-from dnr_plugin.runs.removal_stage import TIMED, prune, timed_images
+from dnr_plugin.runs.removal_stage import MANY, TIMED, prune, timed_images
 from dnr_plugin.runs.run_folder import check_folder, check_space, remove_checkpoints
 from dnr_plugin.runs.state import RunState, Track, quiet
 from dnr_plugin.runs.timetable import check_timetable
@@ -152,7 +153,7 @@ def _train_dense(run: RunState, state: Mapping[str, Any] | None) -> Mapping[str,
 def _finish(run: RunState) -> dict[str, Any]:
     """Measures the result and writes everything that stays."""
     now = baseline(run.model, run.example, verify=run.limits.verify)
-    measured = Measured(run.accuracy(), _latency(run), activation_summary(run.model, run.example))
+    measured = Measured(run.accuracy(), _latencies(run), TIMED, activation_summary(run.model, run.example))
     events = run.read_events()
     report = outcome(run.recipe, run.device, run.dense, now, run.results, events, measured)
     write_saved(run.model, run.folder, describe(run.model, fresh=run.untouched))
@@ -161,6 +162,21 @@ def _finish(run: RunState) -> dict[str, Any]:
     return report
 
 
-def _latency(run: RunState) -> dict[str, Any]:
-    before, after = latencies([to_device(run.untouched, run.device), run.model], timed_images(run))
-    return {"batch": TIMED, "dense_ms": 1e3 * before, "pruned_ms": 1e3 * after, "ratio": after / before}
+def _latencies(run: RunState) -> list[dict[str, Any]]:
+    """Of batches of one image, of as many as a target is measured on, and of many: medians of seconds in eager mode."""
+    dense, measured = to_device(run.untouched, run.device), []
+    for batch in (1, TIMED, MANY):
+        before, after = forward_times([dense, run.model], timed_images(run, batch), warmup=1)
+        ratios = [new / old for old, new in zip(before, after, strict=True)]
+        lower, _, upper = statistics.quantiles(ratios, n=4, method="inclusive")
+        first, second = statistics.median(before), statistics.median(after)
+        measured.append(
+            {
+                "batch": batch,
+                "dense_ms": 1e3 * first,
+                "pruned_ms": 1e3 * second,
+                "ratio": second / first,
+                "spread": upper - lower,
+            }
+        )
+    return measured
