@@ -27,7 +27,7 @@ from dnr_plugin.files import atomic_write, read_json
 
 _FORMAT = 1
 _RUNTIME = "eager"
-NOISY = 0.1  # share by which times may differ between the even and the odd rounds
+NOISY = 0.25  # share by which times may differ between the even and the odd rounds
 _TRIES = 3  # with further rounds each
 _TOGETHER = 2**30  # bytes of weights that are timed in turn; more are timed in parts
 _SECONDS, _LEAST, _MOST = 20.0, 5, 25  # rounds that are timed: within so many seconds, but no fewer and no more

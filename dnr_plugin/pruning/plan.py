@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import statistics
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -27,10 +29,9 @@ from dnr_plugin.pruning.targets import Baseline, Dead, Target, baseline, target_
 from dnr_plugin.scoring.importance import DyingNeuronImportance
 
 _EXACT = 1e-9  # of a share: a prediction that comes so close was no guess
-_NEAR, _TRIES = (
-    0.02,
-    8,
-)  # a latency so little below what was asked, as a share of that, will do; else after so many tries
+_AGAIN = 5  # measurements of a latency
+_NEAR = 0.02  # as a share of a latency that was asked: so little below it will do
+_TRIES = 8  # removals that are measured to come so near
 
 
 @dataclass
@@ -225,9 +226,7 @@ def plan_removal(
     splits = split_modules(model)
     started = 1.0
     if latency is not None and neurons != dense.neurons:
-        assert dense.model is not None
-        before, after = latencies([dense.model, model], example_inputs)
-        started = after / before
+        started = _latency_ratio(dense, model, example_inputs)
 
     def measure() -> float:
         return target.measure(cost.flops, cost.params, remaining, dense) if latency is None else started * latency.share
@@ -260,9 +259,7 @@ def plan_removal(
         trial = copied(model)
         prune_neurons(trial, example_inputs, removals(count))
         if target.timed:
-            assert dense.model is not None
-            before, after = latencies([dense.model, trial], example_inputs)
-            return after / before
+            return _latency_ratio(dense, trial, example_inputs)
         report = flop_report(trial, example_inputs)
         return target.measure(report.flops, report.params, 0, dense)
 
@@ -353,6 +350,18 @@ def _nearly_reached(target: Target, predicted: Sequence[float], measured: Callab
     if not target.reached(closest):
         raise target.unreachable(closest)
     return last, closest
+
+
+def _latency_ratio(dense: Baseline, model: nn.Module, inputs: Any) -> float:
+    """A model's latency as a share of the dense one's: measured until two measurements agree, or `_AGAIN` times."""
+    assert dense.model is not None
+    ratios: list[float] = []
+    while len(ratios) < _AGAIN:
+        before, after = latencies([dense.model, model], inputs)
+        ratios = sorted([*ratios, after / before])
+        if any(high - low <= _NEAR * high for low, high in itertools.pairwise(ratios)):
+            break
+    return statistics.median(ratios)
 
 
 @dataclass(frozen=True)

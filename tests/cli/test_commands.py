@@ -222,6 +222,20 @@ def test_a_plan_that_misses_its_target_shows_the_closest(
     assert captured.err == "dnr: latency: 0.5 was asked, 1.0000 is the closest that can be reached\n"
 
 
+def test_a_plan_tells_what_was_predicted_and_measured(
+    tiny: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planning, "latencies", lambda models, inputs: [1.0, 0.89])
+    options = ["prune.target={latency: 0.9}", "prune.scope=latency_aware"]
+    assert (
+        main(["plan", str(tiny), *(part for option in options for part in ("--set", option)), "--device", "cpu"]) == 0
+    )
+    out = capsys.readouterr().out
+    assert "Target latency: 0.9 requested, 0.8900 achieved." in out
+    assert "Layers keep multiples of 4 channels, as measured." in out
+    assert "Times of layers predict 0." in out
+
+
 def test_overhead_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
     """The benchmark runs and counts; what it says of speed is no test's business."""
     small = ["--width", "8", "--batch", "4", "--rounds", "3", "--images", "32"]

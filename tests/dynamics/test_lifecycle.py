@@ -115,6 +115,8 @@ WHEN = Timetable(2, until=20)
     ("options", "match"),
     [
         ({"kind": "latency"}, "kind"),
+        ({"scope": "latency_aware"}, "scope"),
+        ({"limits": Limits(round_to="auto")}, "limits"),
         ({"kind": "flop"}, "kind"),
         ({"when": Timetable(0, until=20)}, "when"),
         ({"when": Timetable(2, until=20, watched=3)}, "when"),

@@ -49,7 +49,7 @@ def stopping_at(stage: str) -> Track:
 def lasting(folder: Path) -> tuple[Any, Any, dict[str, torch.Tensor]]:
     """Report and events without timings, and the weights."""
     report = json.loads((folder / "report.json").read_text())
-    for timed in ("seconds", "latency"):
+    for timed in ("seconds", "latency", "latencies"):
         del report[timed]
     (report["dynamics"] or {}).pop("wall_clock_ratio", None)
     events = events_of(folder)

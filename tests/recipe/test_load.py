@@ -589,3 +589,12 @@ def test_numbers_that_cannot_work_are_refused(good: Path) -> None:
 
 def test_the_help_of_model_name_lists_every_network_of_ours() -> None:
     assert str(ModelOptions.model_fields["name"].description).startswith(", ".join(BUILTIN) + ";")
+
+
+@pytest.mark.parametrize("value", ["1", "auto8", "[4]", "2.5", "true"])
+def test_an_option_of_two_types_is_one_problem(good: Path, value: str) -> None:
+    shown = {"auto8": "'auto8'", "[4]": "a list"}.get(value, value)
+    expected = f"prune.round_to: expected an integer of at least 2 or auto, found {shown}"
+    assert problems(good, f"prune.round_to={value}") == [f"--set prune.round_to={value}: {expected}"]
+    for fine in ("auto", "8", "null"):
+        load_recipe(good, [f"prune.round_to={fine}"])

@@ -229,3 +229,24 @@ def test_the_page_holds_every_plot_with_its_caption(tmp_path: Path) -> None:
     assert all(page.html.escape(caption) in text for caption in plots.RUN_CAPTIONS.values())
     assert "candidates were restored" in text
     assert json.loads((tmp_path / "report.json").read_text()) == report
+
+
+def test_latency_is_told_as_predicted_and_measured() -> None:
+    """By batch with its spread, the multiple that was measured, and where time did not follow FLOPs; reports of earlier
+    versions have one latency, or none."""
+    report = report_of({"name": "a", "prune": {"round_to": "auto"}}, [], kept=0.5)
+    assert not any("predicted" in fact or "Multiples" in fact or "time to no less" in fact for fact in facts(report))
+    one = {"batch": 8, "dense_ms": 4.0, "pruned_ms": 2.0, "ratio": 0.5}
+    assert ("latency, batch 8", "4.00 ms", "2.00 ms", "50.00 %") in summary_rows(report | {"latency": one})
+    timed = report | {
+        "target": {"kind": "latency", "requested": 0.6, "achieved": 0.59, "reached": True, "predicted": 0.57},
+        "latency": one, "latencies": [{**one, "batch": 1, "ratio": 0.9, "spread": 0.04}, one], "round_to": 16,
+    }  # fmt: skip
+    told = facts(timed)
+    assert told[0] == "Target latency: 0.6 requested, 0.59 achieved; 0.57 was predicted from times of layers."
+    assert "Multiples of 16 channels were kept: as measured on layers, smaller steps save no time here." in told
+    assert any("FLOPs fell to 50.00 %, but time to no less than 90.00 % at batch 1: " in fact for fact in told)
+    assert [row[3] for row in summary_rows(timed) if row[0].startswith("latency")] == ["90.00 % ± 2.0", "50.00 %"]
+    assert any(fact.startswith("Any number of channels") for fact in facts(timed | {"round_to": 1}))
+    given = timed | {"recipe": {"name": "a", "prune": {"round_to": 16, "scope": "latency_aware"}}}
+    assert not any(fact.startswith("Multiples") for fact in facts(given))

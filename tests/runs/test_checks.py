@@ -109,6 +109,14 @@ def test_what_cannot_be_known_is_not_refused(tiny: Path) -> None:
             "found latency",
         ),
         (
+            ["prune.round_to=auto", "prune.mode=dynamic"],
+            "round_to: expected a number with mode dynamic, while which nothing is timed, found auto",
+        ),
+        (
+            ["prune.scope=latency_aware"],
+            "scope: expected another with target flops, which counts no time, found latency_aware",
+        ),
+        (
             ["prune.dynamics={patience: 3}"],
             "dynamics: expected check_every alone with mode after_training, found patience",
         ),

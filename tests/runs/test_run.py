@@ -15,18 +15,22 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.layer_times import network_seconds, stairs
 from helpers.whole_runs import Killed, assert_same, events_of, lasting, stopping_after
+from torch import Tensor, nn
 
 from dnr_plugin import load_pruned
 from dnr_plugin.errors import InputError
 from dnr_plugin.models import build as models
 from dnr_plugin.network.cost import flop_report
 from dnr_plugin.pruning import groups
+from dnr_plugin.pruning import plan as planning
 from dnr_plugin.pruning.removal import prune_neurons
 from dnr_plugin.recipe.load import load_recipe
 from dnr_plugin.repair.network import repair_network
 from dnr_plugin.reports.figures.run import RUN_CAPTIONS as CAPTIONS
 from dnr_plugin.reports.run_report import facts
+from dnr_plugin.reports.stored import stored_report
 from dnr_plugin.runs import checks, removal_stage, run_folder
 from dnr_plugin.runs.run import run_recipe
 
@@ -407,3 +411,26 @@ def test_a_run_on_cuda(tiny: Path, tmp_path: Path) -> None:
     report = run_recipe(load_recipe(tiny, ["train.amp=true"]), tmp_path / "run", device="cuda")
     assert report["kept"]["flops"] <= 0.5
     assert load_pruned(tmp_path / "run")(torch.randn(2, 3, 16, 16)).shape == (2, 10)
+
+
+def test_latency_is_planned_from_a_table_and_told(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In two steps that keep the multiple which the first one measured; times are made up."""
+    clock = stairs(4)
+
+    def latencies(models: list[nn.Module], inputs: Tensor) -> list[float]:
+        return [network_seconds(model, inputs, clock) for model in models]
+
+    monkeypatch.setattr(planning, "latencies", latencies)
+    short = ["train.epochs=1", "finetune.epochs=0", "data.train_size=96", "model.width=8", "prune.steps=2"]
+    timed = ["prune.target={latency: 0.7}", "prune.scope=latency_aware", "prune.round_to=auto"]
+    report = run_recipe(load_recipe(tiny, [*short, *timed]), tmp_path / "run")
+    target = report["target"]
+    assert target["reached"]
+    assert 0.0 < target["achieved"] <= 0.7
+    assert target["predicted"] == pytest.approx(target["achieved"], abs=0.05)
+    assert report["round_to"] == 4
+    assert all(row["channels_after"] % 4 == 0 for row in report["layers"] if row["type"] == "Conv2d")
+    assert [row["batch"] for row in report["latencies"]] == [1, 8, 32]
+    assert report["latency"] == report["latencies"][1]
+    assert "was predicted from times of layers" in (tmp_path / "run" / "report.md").read_text()
+    assert stored_report(tmp_path / "run" / "report.json") == report
