@@ -279,10 +279,10 @@ def _largest(half_steps: Sequence[tuple[float, float]]) -> int:
 
 
 def _grid(width: int, multiple: int) -> list[int]:
-    """Widths up to one: powers of two from a sixteenth on, halfway between these from a quarter on, the width."""
+    """Widths up to one: powers of two from a sixteenth on, halfway between these from a half on, the width."""
     powers = [2**k for k in range(width.bit_length())]
     wanted = {power for power in powers if 16 * power >= width}
-    wanted |= {3 * power // 2 for power in powers if 4 * power >= width and power > 1}
+    wanted |= {3 * power // 2 for power in powers if 2 * power >= width and power > 1}
     rounded = {multiple} | {value for value in wanted if value % multiple == 0}
     return sorted({value for value in rounded if value < width} | {width})
 

@@ -169,12 +169,12 @@ def _latencies(run: RunState) -> list[dict[str, Any]]:
         before, after = forward_times([dense, run.model], timed_images(run, batch), warmup=1)
         ratios = [new / old for old, new in zip(before, after, strict=True)]
         lower, _, upper = statistics.quantiles(ratios, n=4, method="inclusive")
-        first, second = statistics.median(before), statistics.median(after)
+        first, second = 1e3 * statistics.median(before), 1e3 * statistics.median(after)
         measured.append(
             {
                 "batch": batch,
-                "dense_ms": 1e3 * first,
-                "pruned_ms": 1e3 * second,
+                "dense_ms": first,
+                "pruned_ms": second,
                 "ratio": second / first,
                 "spread": upper - lower,
             }

@@ -87,8 +87,8 @@ def _dynamics(run: RunState, optimizer: torch.optim.Optimizer) -> DyingNeuronDyn
         kind=target.kind if target else None, value=target.value if target else 1.0,
         patience=options.patience, zero=options.zero, ramp=options.ramp, margin=options.margin,
         max_share=options.max_share, dying_entropy=options.dying_entropy, min_samples=prune.observe.min_samples,
-        importance=importance_of(run, training=True), scope=prune.ranking, limits=run.limits if target else Limits(),
-        dense=run.dense, fold=prune.fold,
+        importance=importance_of(run, training=True), scope=prune.ranking if target else "local",
+        limits=run.limits if target else Limits(), dense=run.dense, fold=prune.fold,
     )  # fmt: skip
 
 
