@@ -29,6 +29,7 @@ _FORMAT = 1
 _RUNTIME = "eager"
 NOISY = 0.25  # share by which times may differ between the even and the odd rounds
 _TRIES = 3  # with further rounds each
+_ALONG = 32  # layers that are measured again when others are new
 _TOGETHER = 2**30  # bytes of weights that are timed in turn; more are timed in parts
 _SECONDS, _LEAST, _MOST = 20.0, 5, 25  # rounds that are timed: within so many seconds, but no fewer and no more
 _CUDA_REPEATS = 10  # calls of a layer until the GPU is waited for, which a network does once for all its layers
@@ -122,16 +123,22 @@ class LatencyTable:
     def require(self, shapes: Iterable[LayerShape]) -> None:
         """Measures those layers that the table lacks, and writes it.
 
+        Some of those that it has are measured along, and what is new is scaled to them: a machine may be slower now.
+
         Raises:
             RunError: the times spread so much that they say nothing.
         """
-        missing = list({shape.key: shape for shape in shapes if shape.key not in self._layers}.values())
+        asked = {shape.key: shape for shape in shapes}
+        missing = [shape for key, shape in asked.items() if key not in self._layers]
         if not missing:
             return
-        rounds: list[list[float]] = [[] for _ in missing]
+        known = [shape for key, shape in asked.items() if key in self._layers]
+        known = known[:: -(-len(known) // _ALONG) or 1]
+        measured = [*missing, *known]
+        rounds: list[list[float]] = [[] for _ in measured]
         spread = math.inf
         for _ in range(_TRIES):
-            rounds = [[*before, *after] for before, after in zip(rounds, self._measure(missing), strict=True)]
+            rounds = [[*before, *after] for before, after in zip(rounds, self._measure(measured), strict=True)]
             spread = _spread(rounds)
             if spread <= NOISY:
                 break
@@ -140,7 +147,10 @@ class LatencyTable:
                 f"latency: expected layer times that repeat within {NOISY:.0%}, found a spread of {spread:.0%} after "
                 f"{len(rounds[0])} rounds: this machine is too busy to tell; try again when it is not"
             )
-        self._layers |= {shape.key: undisturbed(times) for shape, times in zip(missing, rounds, strict=True)}
+        times = [undisturbed(of_layer) for of_layer in rounds]
+        now, before = sum(times[len(missing) :]), sum(map(self.seconds, known))
+        scale = before / now if known else 1.0
+        self._layers |= {shape.key: scale * seconds for shape, seconds in zip(missing, times, strict=False)}
         self._write()
 
     def _stored(self, tell: bool = False) -> dict[str, float]:

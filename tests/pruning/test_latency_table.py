@@ -34,6 +34,16 @@ def test_a_layer_is_measured_once(tmp_path: Path) -> None:
     assert (again.seconds(LINEAR), len(again), len(measured.asked)) == (table.seconds(LINEAR), 2, 2)
 
 
+def test_what_is_measured_later_is_scaled_to_what_was() -> None:
+    """On a machine that is twice as slow by then."""
+    measured, slow = Measured(stairs(1)), Measured(lambda shape: 2 * stairs(1)(shape))
+    table = LatencyTable(CPU, None, measure=lambda shapes: (slow if len(table) else measured)(shapes))
+    table.require([LINEAR])
+    table.require([WIDE, LINEAR])
+    assert slow.asked == [WIDE, LINEAR]
+    assert table.seconds(WIDE) == pytest.approx(stairs(1)(WIDE))
+
+
 def test_tables_that_are_filled_at_once_keep_what_each_measured(tmp_path: Path) -> None:
     first, second = (LatencyTable(CPU, tmp_path / "times.json", measure=Measured(stairs())) for _ in range(2))
     first.require([LINEAR])
