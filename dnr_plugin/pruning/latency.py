@@ -30,8 +30,7 @@ MULTIPLES = (4, 8, 16, 32)  # of channels that hardware may round to, beside 1
 _NOTHING = 0.35  # of what half a step would save without stairs: so little is nothing
 _PROBED = 64  # channels at which stairs are looked for: wide enough for the largest, and they are steep there
 _CONVOLUTIONS = ("Conv1d", "Conv2d", "Conv3d")
-_NORMS = {"BatchNorm1d": "num_features", "BatchNorm2d": "num_features", "BatchNorm3d": "num_features",
-          "InstanceNorm2d": "num_features", "GroupNorm": "num_channels", "LayerNorm": "normalized_shape"}  # fmt: skip
+_NORMS = ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "InstanceNorm2d", "GroupNorm", "LayerNorm")
 
 
 def layer_shapes(model: nn.Module, inputs: Any) -> dict[str, Counter[LayerShape]]:

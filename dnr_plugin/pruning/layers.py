@@ -40,6 +40,10 @@ class Limits:
     min_channels: int = 1
     verify: bool = True
 
+    def __post_init__(self) -> None:
+        if isinstance(self.round_to, str) and self.round_to != "auto":
+            raise ValueError(f"round_to: expected a number, auto or None, found {self.round_to!r}")
+
     def in_scope(self, scope: str) -> Limits:
         """With the share that may be taken from one group in a scope of `order.SCOPES`."""
         if self.max_pruning_ratio is not None:

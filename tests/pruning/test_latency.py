@@ -13,7 +13,7 @@ from helpers.layer_times import Clock, Measured, network_seconds, stairs
 from torch import nn
 
 from dnr_plugin.errors import TargetError
-from dnr_plugin.network.cost import flop_report
+from dnr_plugin.network.cost import count_params, flop_report
 from dnr_plugin.pruning import plan as planning
 from dnr_plugin.pruning.groups import Survey
 from dnr_plugin.pruning.latency import LatencyModel
@@ -211,6 +211,24 @@ def test_a_network_pruned_before_is_measured_against_the_dense_one(clocked: dict
     plan = _plan(model, clock, 0.6, dense=dense)
     assert 0.5 < plan.achieved <= 0.6
     assert plan.predicted == pytest.approx(plan.achieved, abs=0.03)
+
+
+def test_a_network_that_no_table_knows_is_measured_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers with a forward of their own are not timed: nothing is predicted, and halving leads to the target."""
+
+    class Own(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x)
+
+    model = nn.Sequential(nn.Flatten(), Own(192, 64), nn.ReLU(), Own(64, 5))
+    monkeypatch.setattr(planning, "latencies", lambda models, inputs: [float(count_params(model)) for model in models])
+    plan = _plan(model, stairs(4), 0.5)
+    assert 0.4 < plan.achieved <= 0.5
+
+
+def test_limits_refuse_other_words() -> None:
+    with pytest.raises(ValueError, match="round_to: expected a number, auto or None, found 'automatic'"):
+        Limits(round_to="automatic")  # type: ignore[arg-type]
 
 
 def test_latency_aware_needs_a_target_of_latency() -> None:
