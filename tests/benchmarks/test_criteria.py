@@ -144,7 +144,7 @@ def test_what_fails_is_noted_and_the_rest_goes_on(
 
     monkeypatch.setitem(CRITERIA, "l2", broken)
     monkeypatch.setitem(CRITERIA, "lamp", lambda *_: lambda group: torch.full((len(group[0].idxs),), torch.nan))
-    monkeypatch.setattr(grid_module, "SCOPES", ("local", "odd"))  # one that the planner does not know
+    monkeypatch.setattr(grid_module, "COUNTED_SCOPES", ("local", "odd"))  # one that the planner does not know
     folder = tmp_path / "bench"
     arguments = ["--levels", "0.5", "--seeds", "0", "--scopes", "local,odd", "--criteria", "l2,lamp,l1"]
     for module in ("run", "tables"):
