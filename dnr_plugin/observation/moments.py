@@ -83,7 +83,7 @@ class Moments:
             return kind.rows(a[which], where)
         values = kind.by_channel(a)
         which, where = drawn(len(values), values.shape[2])
-        return values[which][:, :, where.to(a.device)].transpose(1, 2).flatten(0, 1)
+        return values[which].transpose(1, 2)[:, where.to(a.device)].flatten(0, 1)
 
     def merged(self, other: Moments) -> Moments:
         """Of both together."""
