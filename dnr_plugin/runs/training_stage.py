@@ -84,7 +84,7 @@ def _precision(run: RunState, stage: str, options: TrainOptions) -> Precision:
     if stage not in known:
         trained = known.get("train")
         if options.amp == "auto" and trained is not None and trained.asked == "auto":
-            known[stage] = Precision("auto", trained.used, reason="the training was in the same")
+            known[stage] = Precision("auto", trained.used, reason="as in training")
         else:
             images = options.epochs * len(run.train_images)
             with run.timed(stage):

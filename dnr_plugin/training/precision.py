@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from statistics import median
 from typing import Literal
 
 import torch
@@ -25,6 +24,7 @@ _LEAST_STEP = 5e8
 # The same at which a step on a CPU is long enough to be timed, and of all timed steps: a second or two on two cores.
 _TIMED_STEP, _TIMED_STEPS = 5e9, 2e10
 _LEAST_IMAGES = 8  # of a timed step on a CPU, whatever they cost
+_LONGEST, _LEAST_ROUNDS = 4.0, 3  # seconds after which it ends early, but not before so many rounds
 _SHARE = 20  # a training is this many times as long as the measurement, or does without
 
 
@@ -37,7 +37,7 @@ class Precision:
         used: bfloat16 autocast in `devices.fast_layout`; else float32.
         reason: in words, where ``asked`` is "auto" and nothing was measured.
         images: of a timed step; 0 where nothing was measured.
-        float32_ms, bfloat16_ms: median milliseconds of a training step of so many images.
+        float32_ms, bfloat16_ms: milliseconds of a training step of so many images, the fastest of several.
     """
 
     asked: Literal["auto", True, False]
@@ -103,19 +103,25 @@ def _measured(model: nn.Module, example: Tensor, options: TrainOptions, timing: 
 
 
 def step_seconds(model: nn.Module, example: Tensor, options: TrainOptions, timing: Timing) -> tuple[float, float]:
-    """Median seconds of a training step, in float32 and in bfloat16 in turns, on noise and on copies of the model."""
+    """Seconds of a training step, in float32 and in bfloat16 in turns, on noise and on copies of the model.
+
+    The fastest of each: what else runs on the machine only ever adds to them.
+    """
     if isinstance(model, DistributedDataParallel):  # a copy of it would wait for the other ranks' gradients
         model = model.module
     noise = torch.Generator().manual_seed(0)
     images = torch.randn(timing.images, *example.shape[1:], generator=noise).to(example)
     steps = [_step(copied(model), images, options, amp) for amp in (False, True)]
     seconds: list[list[float]] = [[], []]
-    for _ in range(1 + timing.rounds):
+    begun = time.perf_counter()
+    for done in range(1 + timing.rounds):
+        if done > _LEAST_ROUNDS and ranks() == 1 and time.perf_counter() - begun > _LONGEST:
+            break  # a busy machine; several ranks, whose layers may wait for each other, do the same steps
         for step, taken in zip(steps, seconds, strict=True):
             start = _now(example.device)
             step()
             taken.append(_now(example.device) - start)
-    plain, rounded = (median(taken[1:]) for taken in seconds)
+    plain, rounded = (min(taken[1:]) for taken in seconds)
     return plain, rounded
 
 
