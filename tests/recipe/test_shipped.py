@@ -138,8 +138,9 @@ def test_commands_in_the_comments_are_valid(name: str) -> None:
     recipes = [load_recipe(SHIPPED[name], overrides) for overrides in runs]
     assert recipes[-1].model.width is None or recipes[-1].model.width <= 16
     assert recipes[-1].data.train_size is not None and recipes[-1].data.train_size <= 20_000
-    # Neither recipe nor command needs to know which precision is fast on a machine.
-    assert {options.amp for recipe in recipes for options in (recipe.train, recipe.finetune)} == {"auto"}
+    # Neither recipe nor command needs to know what is fast on a machine; the quickstart is to show the same everywhere.
+    asked = {options.amp for recipe in recipes for options in (recipe.train, recipe.finetune)}
+    assert asked == ({False} if name == "quickstart" else {"auto"})
     for words in found:
         assert words[1] == f"recipes/{name}.yaml"
         known = ("--set", "--vary", "--output")
