@@ -87,9 +87,9 @@ class RunState:
             yield images[:remaining], labels[:remaining]
             remaining -= len(images)
 
-    def accuracy(self) -> float:
-        """On the test images."""
-        return evaluate(self.model, self.test_images, progress=self.shown("evaluating"))
+    def accuracy(self, amp: bool = False) -> float:
+        """On the test images; what is reported in float32, an epoch's as it trained."""
+        return evaluate(self.model, self.test_images, progress=self.shown("evaluating"), amp=amp)
 
     def shown(self, what: str) -> Progress:
         return lambda items, total: self.track(items, total, what)

@@ -62,8 +62,8 @@ def train(run: RunState, stage: str, state: Mapping[str, Any] | None) -> None:
                 sums.stopped = dynamics.stopped
                 run.log(event="stopped", epoch=number + 1, reason=dynamics.stopped)
             run.log(
-                event="epoch", stage=stage, epoch=number + 1, loss=done.loss, lr=done.lr, accuracy=run.accuracy(),
-                seconds=time.perf_counter() - start, training_seconds=training,
+                event="epoch", stage=stage, epoch=number + 1, loss=done.loss, lr=done.lr,
+                accuracy=run.accuracy(trainer.amp), seconds=time.perf_counter() - start, training_seconds=training,
                 check_seconds=sum(check.seconds for check in done.checks),
             )  # fmt: skip
             run.save(trainer)

@@ -16,7 +16,7 @@ from dnr_plugin.recipe.load import load_recipe
 from dnr_plugin.recipe.training_sections import TrainOptions
 from dnr_plugin.reports.run_report import facts
 from dnr_plugin.reports.stored import stored_report
-from dnr_plugin.runs import training_stage
+from dnr_plugin.runs import state, training_stage
 from dnr_plugin.runs.results import Results
 from dnr_plugin.runs.run import run_recipe
 from dnr_plugin.runs.state import quiet
@@ -62,7 +62,7 @@ def test_what_a_recipe_asks_for_is_done(tiny: Path, tmp_path: Path) -> None:
 
 def test_a_resumed_run_keeps_its_precision(tiny: Path, tmp_path: Path, choices: list[Any]) -> None:
     """Measured once, before the first epoch; the run goes on in it, also in fine-tuning, and ends as a straight one."""
-    recipe = load_recipe(tiny)
+    recipe = load_recipe(tiny, ["model.width=4", "prune.recalibrate=64"])
     report = run_recipe(recipe, tmp_path / "straight")
     assert len(choices) == 1 and CHOSEN in " ".join(facts(report))
     for calls in (8, 21):  # in the second epoch, and while fine-tuning
@@ -72,6 +72,18 @@ def test_a_resumed_run_keeps_its_precision(tiny: Path, tmp_path: Path, choices: 
         run_recipe(recipe, tmp_path / f"{calls}", resume=True)
         assert len(choices) == 1
         assert_same(lasting(tmp_path / f"{calls}"), lasting(tmp_path / "straight"), calls)
+
+
+@pytest.mark.usefixtures("choices")
+def test_what_is_reported_is_tested_in_float32(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bfloat16 are the tests after each epoch alone: not the dense network's, the pruned one's or the last."""
+    tested: list[bool] = []
+    test = state.evaluate
+    monkeypatch.setattr(
+        state, "evaluate", lambda *args, amp, **rest: tested.append(amp) or test(*args, amp=amp, **rest)
+    )
+    run_recipe(load_recipe(tiny, SHORT), tmp_path / "run")
+    assert tested == [True, False, False, True, False]
 
 
 def test_finetuning_alone_chooses_for_itself(tiny: Path, tmp_path: Path, choices: list[Any]) -> None:
