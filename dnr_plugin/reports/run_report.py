@@ -107,7 +107,7 @@ def _precision_fact(stage: str, chosen: Mapping[str, Any]) -> str:
     did = "Trained" if stage == "train" else "Fine-tuned"
     if chosen["float32_ms"] is not None and chosen["bfloat16_ms"] is not None:
         why = (
-            f"a step of {chosen['images']} images took {chosen['float32_ms']:.0f} ms in float32 and "
+            f"a trial step of {chosen['images']} images took {chosen['float32_ms']:.0f} ms in float32 and "
             f"{chosen['bfloat16_ms']:.0f} ms in bfloat16"
         )
     else:

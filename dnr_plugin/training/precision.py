@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,7 +22,7 @@ from dnr_plugin.training.trainer import make_optimizer
 GAIN = 1.1  # bfloat16 is taken from this many times the speed of float32 on
 # FLOPs of the forward pass of one step, below which overhead decides and a measurement would be a toss-up.
 _LEAST_STEP = 5e8
-# The same at which a step on a CPU is long enough to be timed, and of all timed steps: a second or two on two cores.
+# The same at which a step on a CPU is long enough to be timed, and of all timed steps: seconds on one core.
 _TIMED_STEP, _TIMED_STEPS = 5e9, 2e10
 _LEAST_IMAGES = 8  # of a timed step on a CPU, whatever they cost
 _LONGEST, _LEAST_ROUNDS = 4.0, 3  # seconds after which it ends early, but not before so many rounds
@@ -37,7 +38,8 @@ class Precision:
         used: bfloat16 autocast in `devices.fast_layout`; else float32.
         reason: in words, where ``asked`` is "auto" and nothing was measured.
         images: of a timed step; 0 where nothing was measured.
-        float32_ms, bfloat16_ms: milliseconds of a training step of so many images, the fastest of several.
+        float32_ms, bfloat16_ms: milliseconds of a training step of so many images, the fastest of several; of a CPU, on
+            one thread.
     """
 
     asked: Literal["auto", True, False]
@@ -95,11 +97,25 @@ def _timing(device: torch.device, batch_size: int, flops: int) -> Timing:
 def _measured(model: nn.Module, example: Tensor, options: TrainOptions, timing: Timing) -> Precision:
     devices = [example.device] if example.is_cuda else []
     try:
-        with torch.random.fork_rng(devices=devices):
+        with torch.random.fork_rng(devices=devices), _one_thread():
             plain, rounded = step_seconds(model, example, options, timing)
     except Exception as error:  # of any network: what cannot train in float32 either says so itself
         return Precision("auto", used=False, reason=f"the measurement failed: {first_line(error)}")
     return Precision("auto", plain >= GAIN * rounded, None, timing.images, 1e3 * plain, 1e3 * rounded)
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Threads that wait for each other on a busy machine take ten times as long, at random; one alone is only slowed.
+
+    How much faster bfloat16 is depends on a core's instructions, and so hardly on the number of threads.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def step_seconds(model: nn.Module, example: Tensor, options: TrainOptions, timing: Timing) -> tuple[float, float]:
@@ -126,7 +142,7 @@ def step_seconds(model: nn.Module, example: Tensor, options: TrainOptions, timin
 
 
 def _step(model: nn.Module, images: Tensor, options: TrainOptions, amp: bool) -> Callable[[], None]:
-    """A step as `Trainer` does it, that leaves the weights where they are: they should not overflow on noise."""
+    """A step as `Trainer` does it, at a learning rate of zero: weights should not overflow on noise."""
     if amp:
         model.to(memory_format=fast_layout(images.device))  # type: ignore[call-overload]
     optimizer = make_optimizer(model.train(), options.model_copy(update={"lr": 0.0}))

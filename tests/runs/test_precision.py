@@ -25,7 +25,7 @@ from dnr_plugin.training.precision import Precision, choose_precision
 
 FASTER = Precision("auto", True, None, 32, 20.0, 10.0)
 SHORT = ["model.width=4", "train.epochs=1", "finetune.epochs=1", "prune.recalibrate=64"]
-CHOSEN = "Trained in bfloat16: a step of 32 images took 20 ms in float32 and 10 ms in bfloat16."
+CHOSEN = "Trained in bfloat16: a trial step of 32 images took 20 ms in float32 and 10 ms in bfloat16."
 
 
 @pytest.fixture

@@ -90,6 +90,26 @@ def test_a_measurement_changes_nothing(monkeypatch: pytest.MonkeyPatch, optimize
     assert all(p.grad is None and p.is_contiguous() for p in model.parameters())
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_cpu_is_measured_on_one_thread(monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
+    threads: list[int] = []
+
+    def seconds(*_: Any) -> tuple[float, float]:
+        threads.append(torch.get_num_threads())
+        if fails:
+            raise RuntimeError
+        return 2.0, 1.0
+
+    monkeypatch.setattr(precision, "step_seconds", seconds)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert choose_precision(_model(), EXAMPLE, _options(), **LARGE).used is not fails
+        assert (threads, torch.get_num_threads()) == ([1], 2)
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_both_are_timed_in_turns_and_the_fastest_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     kinds: list[torch.dtype] = []
     model = _model()
