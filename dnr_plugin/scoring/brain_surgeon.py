@@ -90,6 +90,7 @@ def damages(readers: Sequence[Reader], neurons: int) -> tuple[list[int], Tensor]
         remaining = remaining[left[remaining]]
         for state in states:
             state.remove(torch.tensor(gone))
+        states = [state for state in states if state.stays.any()]
     return order, torch.tensor(costs, dtype=torch.float64).clamp_min(0.0)
 
 
