@@ -1,4 +1,4 @@
-"""Benchmarks that anyone can run: each compares things side by side in one process, and reports ratios."""
+"""What observing, scoring, planning and repair cost, side by side in one process, as ratios of forward passes."""
 
 from __future__ import annotations
 
@@ -8,193 +8,291 @@ import mmap
 import statistics
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 import torch_pruning as tp
-from torch import Tensor
+from torch import Tensor, nn
 
 from dnr_plugin.devices import device_name, fast_layout, pick_device, to_device, versions
 from dnr_plugin.models.build import build_model
+from dnr_plugin.network.graph import build_graph
 from dnr_plugin.observation.observer import Observer
 from dnr_plugin.pruning.plan import plan_removal
 from dnr_plugin.pruning.removal import prune_neurons
 from dnr_plugin.recipe.sections import ModelOptions
 from dnr_plugin.repair.network import repair_network
+from dnr_plugin.reports.table import Table
 from dnr_plugin.scoring.importance import DyingNeuronImportance
+from dnr_plugin.scoring.scores import SCORES
+
+CLASSES = 10
+KEPT = 0.5  # of the FLOPs, in the plan that is repaired
+_BATCH = 32  # calibration images at once
+_LARGE = 64  # pixels a side from which on a network gets the stem, and fewer training steps, of large images
+_WARM = 2  # training steps that are not timed
 
 
-def overhead(
-    *, width: int = 64, batch: int = 64, rounds: int = 15, device: str = "auto", seed: int = 0
-) -> dict[str, Any]:
-    """What observing adds to a training step and scoring to a pruning step, on ResNet-18 at 32x32.
+@dataclass(frozen=True)
+class Setting:
+    """What is measured.
 
-    Training steps with and without an open observer alternate, and so do the criteria, so that a drift of the
-    machine's speed hits both alike; ratios are medians of the pairs' ratios.
+    Attributes:
+        network: as a recipe names it: resnet18, torchvision.resnet50.
+        width: of networks of the package that have one: channels of the first stage.
+        images: calibration images; side: of each, in pixels; None: 32, for torchvision's networks 224.
+        batch, rounds: images of a training step, and how many are timed of each kind; None: 64 and 15, of large images
+            8 and 3.
+        passes: times that the calibration images pass, observed and not, in turn.
+        seed: of weights and images.
+    """
+
+    network: str = "resnet18"
+    width: int = 64
+    images: int = 256
+    side: int | None = None
+    batch: int | None = None
+    rounds: int | None = None
+    passes: int = 2
+    seed: int = 0
+
+    def resolved(self) -> Setting:
+        """With numbers for None."""
+        side = self.side or (224 if "." in self.network else 32)
+        batch, rounds = (8, 3) if side > _LARGE else (64, 15)
+        values = asdict(self) | {"side": side, "batch": self.batch or batch, "rounds": self.rounds or rounds}
+        return Setting(**values)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One row.
+
+    Attributes:
+        name: of what was done.
+        seconds: that it took; the median, where it was done several times.
+        ratio: to the forward passes of the same images, or to a plain training step; the median of pairs, where it was
+            timed in turn with these.
+        peak_bytes: most memory beyond what was held before; None where it cannot be told (outside of Linux, without a
+            GPU) or was not asked.
+    """
+
+    name: str
+    seconds: float
+    ratio: float
+    peak_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Overhead:
+    """What one network's costs are.
+
+    Attributes:
+        setting: resolved.
+        calibration: costs of a network that is scored, planned and repaired, forward passes first; each score on top of
+            what was observed.
+        training: costs of training steps, the plain one first.
+        where: hardware and versions.
+        products: multiply-adds in float64 that scoring by redundancy is bound to, and the seconds in which
+            ``torch.matmul`` does as many here.
+    """
+
+    setting: Setting
+    calibration: list[Cost]
+    training: list[Cost]
+    where: str
+    products: tuple[float, float]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain figures."""
+        return asdict(self)
+
+    def tables(self) -> list[Table]:
+        """Of calibration, and of training steps."""
+        s = self.setting
+        name = f"{s.network}, width {s.width}" if "." not in s.network else s.network
+        head = ["", "seconds", "times", "memory at the peak"]
+        titles = (
+            f"{name}: {s.images} images of {s.side}x{s.side}, times as long as their forward passes",
+            f"{name}: training steps of {s.batch} images, times as long as a plain one (n = {s.rounds})",
+        )
+        return [
+            Table(title, head, [_row(cost) for cost in costs])
+            for title, costs in zip(titles, (self.calibration, self.training), strict=True)
+        ]
+
+    def notes(self) -> list[str]:
+        """What a reader should know beside the tables."""
+        count, seconds = self.products
+        return [
+            f"{self.where}, seed {self.setting.seed}, n = {self.setting.passes} passes in turn; the rest is done once.",
+            f"Scoring by redundancy is {count / 1e9:.1f} G multiply-adds in float64 (inverses of second moments, and "
+            f"removals), for which torch.matmul takes {seconds:.1f} s here.",
+        ]
+
+
+def overhead(setting: Setting, *, device: str = "auto") -> Overhead:
+    """Measures a network with fresh weights; what is compared is timed in turn, so that drift hits both alike.
 
     Args:
-        width: channels of ResNet-18's first stage.
-        batch: images per training step.
-        rounds: timed pairs.
+        setting: what is measured.
         device: "auto", "cpu" or "cuda".
-        seed: of weights and images.
 
-    Returns:
-        Figures, and ``lines`` that say the same in words.
+    Raises:
+        InputError: an unknown network, or one that does not take such images.
     """
-    chosen = pick_device(device)
-    torch.manual_seed(seed)
-    model = to_device(build_model(ModelOptions(name="resnet18", width=width), 10), chosen)
-    images, labels = torch.randn(batch, 3, 32, 32, device=chosen), torch.randint(0, 10, (batch,), device=chosen)
+    setting, chosen = setting.resolved(), pick_device(device)
+    assert setting.side is not None
+    torch.manual_seed(setting.seed)
+    own: dict[str, Any] = {"width": setting.width} if "." not in setting.network else {}
+    if setting.network == "resnet18":
+        own["stem"] = "imagenet" if setting.side > _LARGE else "cifar"
+    model = build_model(ModelOptions(name=setting.network, **own), CLASSES, image_size=setting.side)
+    model = to_device(model, chosen).to(memory_format=fast_layout(chosen))
+    bench = _Bench(model, setting, chosen)
+    calibration, products = bench.calibration()
+    where = f"{device_name(chosen)}, torch {versions()['torch']}"
+    return Overhead(setting, calibration, bench.training(), where, products)
 
-    def clock(work: Callable[[], object]) -> float:
+
+class _Bench:
+    def __init__(self, model: nn.Module, setting: Setting, device: torch.device) -> None:
+        self.model, self.setting, self.device = model, setting, device
+
+    def images(self, count: int) -> Tensor:
+        side = self.setting.side or 0
+        return torch.randn(count, 3, side, side, device=self.device).to(memory_format=fast_layout(self.device))
+
+    def clock(self, work: Callable[[], object]) -> float:
         start = time.perf_counter()
         work()
-        if chosen.type == "cuda":
-            torch.cuda.synchronize(chosen)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
         return time.perf_counter() - start
 
-    def pairs(first: Callable[[], float], second: Callable[[], float]) -> tuple[list[float], list[float]]:
-        for _ in range(2):
-            first(), second()
-        timed = [(first(), second()) for _ in range(rounds)]
-        return [a for a, _ in timed], [b for _, b in timed]
-
-    optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
-    observer = Observer(model)
-    sizes: list[int] = []
-
-    def step() -> None:
-        optimizer.zero_grad()
-        F.cross_entropy(model(images), labels).backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-
-    def observed_step() -> float:
-        with observer:  # opened and closed once for many steps in practice, so not timed
-            seconds = clock(step)
-        sizes.append(_bytes(observer))
-        return seconds
-
-    plain, observed = pairs(lambda: clock(step), observed_step)
-
-    importance = DyingNeuronImportance("variation", moments=False)
-    with importance.observe(model), torch.no_grad():
-        model(images)
-    magnitude = tp.importance.MagnitudeImportance()
-    graph = tp.DependencyGraph().build_dependency(copy.deepcopy(model), images[:1])
-    groups = list(graph.get_all_groups())
-    theirs, ours = pairs(
-        lambda: clock(lambda: [magnitude(group) for group in groups]),
-        lambda: clock(lambda: [importance(group) for group in groups]),
-    )
-
-    step_ratio, score_ratio = _ratio(observed, plain), _ratio(ours, theirs)
-    where = f"{device_name(chosen)}, torch {versions()['torch']}, seed {seed}, n = {rounds} pairs"
-    return {
-        "width": width,
-        "batch": batch,
-        "training_step_ms": {"plain": 1e3 * statistics.median(plain), "observed": 1e3 * statistics.median(observed)},
-        "observing_ratio": step_ratio,
-        "scoring_ms": {
-            "MagnitudeImportance": 1e3 * statistics.median(theirs),
-            "DyingNeuronImportance": 1e3 * statistics.median(ours),
-        },
-        "scoring_ratio": score_ratio,
-        "statistics_bytes": {"after_one_batch": sizes[0], f"after_{len(sizes)}_batches": sizes[-1]},
-        "where": where,
-        "lines": [
-            f"ResNet-18, width {width}, batch {batch}, 32x32; {where}",
-            f"training step: {1e3 * statistics.median(plain):.1f} ms plain, {1e3 * statistics.median(observed):.1f} ms "
-            f"with every batch observed: x{step_ratio:.3f} (median of pairs)",
-            f"scoring all {len(groups)} groups: MagnitudeImportance {1e3 * statistics.median(theirs):.1f} ms, "
-            f"DyingNeuronImportance {1e3 * statistics.median(ours):.1f} ms: x{score_ratio:.2f}",
-            f"statistics: {sizes[0] / 2**10:.0f} KiB after one batch, {sizes[-1] / 2**10:.0f} KiB after {len(sizes)}",
-        ],
-    }
-
-
-def costs(*, width: int = 64, images: int = 256, side: int = 32, device: str = "auto", seed: int = 0) -> dict[str, Any]:
-    """What criteria cost from a trained network to scores, and repair on top, one after another: seconds, peak memory.
-
-    Magnitude needs nothing but weights, Taylor a gradient of all images, redundancy their second moments. Repair is of
-    the network at half of its FLOPs.
-
-    Args:
-        width: channels of ResNet-18's first stage.
-        images: that Taylor and redundancy see, and repair as far as its memory goes.
-        side: of an image, in pixels; above 64 the network has the stem for large images.
-        device: "auto", "cpu" or "cuda".
-        seed: of weights and images.
-
-    Returns:
-        Figures, and ``lines`` that say the same in words. Peak memory, beyond what was held before, is None where it
-        cannot be told (outside of Linux, without a GPU).
-    """
-    chosen = pick_device(device)
-    torch.manual_seed(seed)
-    stem: Any = "imagenet" if side > 64 else "cifar"
-    model = to_device(build_model(ModelOptions(name="resnet18", width=width, stem=stem), 10), chosen).eval()
-    model.to(memory_format=fast_layout(chosen))
-    batches = [torch.randn(min(32, images - k), 3, side, side, device=chosen) for k in range(0, images, 32)]
-    example = batches[0][:1]
-    graph = tp.DependencyGraph().build_dependency(copy.deepcopy(model), example)
-    groups = [group for group in graph.get_all_groups() if not isinstance(group[0].dep.target.module, torch.nn.Linear)]
-    measured: dict[str, Any] = {}
-
-    def noted(name: str, work: Callable[[], object]) -> Any:
-        with _Peak(chosen) as peak:
-            start = time.perf_counter()
-            result = work()
-            if chosen.type == "cuda":
-                torch.cuda.synchronize(chosen)
-            measured[name] = {"seconds": time.perf_counter() - start, "peak_bytes": None}
-        measured[name]["peak_bytes"] = peak.bytes
-        return result
-
-    def magnitude() -> None:
-        importance = tp.importance.MagnitudeImportance()
-        for group in groups:
-            importance(group)
-
-    def taylor() -> None:
-        for batch in batches:
-            labels = torch.randint(0, 10, (len(batch),), device=chosen)
-            F.cross_entropy(graph.model(batch), labels).backward()  # type: ignore[no-untyped-call]
-        importance = tp.importance.TaylorImportance()
-        for group in groups:
-            importance(group)
-
-    @torch.no_grad()
-    def forward() -> None:
-        for batch in batches:
-            model(batch)
-
-    def redundancy() -> DyingNeuronImportance:
+    def calibration(self) -> tuple[list[Cost], tuple[float, float]]:
+        """Forward passes, then all that is done on them."""
+        model, count = self.model.eval(), self.setting.images
+        batches = [self.images(min(_BATCH, count - start)) for start in range(0, count, _BATCH)]
         importance = DyingNeuronImportance()
-        with importance.observe(model):
-            forward()
-        for group in groups:
-            importance(group)
-        return importance
 
-    noted("forward passes alone", forward)
-    noted("MagnitudeImportance", magnitude)
-    noted("TaylorImportance", taylor)
-    importance = noted("DyingNeuronImportance", redundancy)
-    plan = plan_removal(model, example, importance, "flops", 0.5)
-    pruned = copy.deepcopy(model)
-    prune_neurons(pruned, example, plan.removals)
-    noted("repair_network", lambda: repair_network(pruned, model, example, plan.removals, batches))
+        @torch.no_grad()
+        def forward() -> None:
+            for batch in batches:
+                model(batch)
 
-    where = f"{device_name(chosen)}, torch {versions()['torch']}, seed {seed}, n = 1"
-    lines = [f"from a trained ResNet-18, width {width}, and {images} images of {side}x{side}; {where}"]
-    for name, cost in measured.items():
-        beyond = "unknown" if cost["peak_bytes"] is None else f"{cost['peak_bytes'] / 2**20:.0f} MiB"
-        lines.append(f"{name}: {cost['seconds']:.1f} s, peak memory {beyond} beyond what was held before")
-    return {"width": width, "images": images, "side": side, "costs": measured, "where": where, "lines": lines}
+        def observe() -> None:
+            with importance.observe(model):
+                forward()
+
+        with torch.no_grad():
+            model(batches[0])
+        plain, observed, peaks = list[float](), list[float](), list[int | None]()
+        for _ in range(self.setting.passes):
+            plain.append(self.clock(forward))
+            with _Peak(self.device) as peak:
+                observed.append(self.clock(observe))
+            peaks.append(peak.bytes)
+        passed = statistics.median(plain)
+        costs = [
+            Cost("forward passes", passed, 1.0),
+            Cost("observing, second moments included", statistics.median(observed), _ratio(observed, plain), peaks[0]),
+        ]
+
+        def add(name: str, work: Callable[[], object]) -> None:
+            with _Peak(self.device) as peak:
+                seconds = self.clock(work)
+            costs.append(Cost(name, seconds, seconds / passed, peak.bytes))
+
+        example = batches[0][:1]
+        graph = build_graph(copy.deepcopy(model), example)
+        groups = [g for g in graph.get_all_groups() if not isinstance(g[0].dep.target.module, nn.Linear)]
+
+        def scored(criterion: Callable[[Any], Any]) -> Callable[[], None]:
+            def score() -> None:
+                for group in groups:
+                    criterion(group)
+
+            return score
+
+        def planned() -> None:
+            plans.append(plan_removal(model, example, importance, "flops", KEPT, scope="cost_aware").removals)
+
+        def taylor() -> None:
+            for batch in batches:
+                labels = torch.randint(0, CLASSES, (len(batch),), device=self.device)
+                F.cross_entropy(graph.model(batch), labels).backward()  # type: ignore[no-untyped-call]
+            scored(tp.importance.TaylorImportance())()
+
+        plans: list[dict[str, list[int]]] = []
+        products = self._products(importance)
+        add("scoring all groups: redundancy, the default", scored(importance))
+        add(f"planning to {KEPT:.0%} of the FLOPs, scores known", planned)
+        pruned = copy.deepcopy(model)
+        prune_neurons(pruned, example, plans[0])
+        add("repair_network", lambda: repair_network(pruned, model, example, plans[0], batches))
+        for name in SCORES:
+            if name != "redundancy":
+                other = DyingNeuronImportance(name)
+                other.judge_by(importance.observer)  # type: ignore[arg-type]
+                add(f"scoring all groups: {name}", scored(other))
+        add("MagnitudeImportance", scored(tp.importance.MagnitudeImportance()))
+        add("TaylorImportance, with the gradients that it needs", taylor)
+        return costs, products
+
+    def _products(self, importance: DyingNeuronImportance) -> tuple[float, float]:
+        """See `Overhead`; inverses cost F^3, taking all inputs away 2 F^3 / 3 and, from O outputs, O F^2 / 2."""
+        assert importance.observer is not None
+        count = 0.0
+        for name, activity in importance.observer.activities.items():
+            if activity.moments is not None:
+                inputs = activity.moments.sums.shape[1] - 1
+                weights = sum(p.numel() for p in importance.observer.modules[name].parameters() if p.dim() > 1)
+                count += 5 / 6 * inputs**3 + weights / 2 * inputs
+        a = torch.randn(1024, 1024, dtype=torch.float64)
+        a @ a
+        each = min(self.clock(lambda: a @ a) for _ in range(3)) / 1024**3
+        return count, count * each
+
+    def training(self) -> list[Cost]:
+        """Steps with every batch observed, and without; an observer is opened once for many, so that is not timed."""
+        model, batch = self.model.train(), self.setting.batch or 0
+        images, labels = self.images(batch), torch.randint(0, CLASSES, (batch,), device=self.device)
+        optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
+        observers = {
+            "a plain step": None,
+            "every batch observed, as training with dying neurons does": Observer(model, training=True),
+            "every batch observed, second moments included": Observer(model, moments=True),
+        }
+
+        def step() -> None:
+            optimizer.zero_grad()
+            out = model(images)
+            out = out if isinstance(out, Tensor) else out[0]  # Inception and GoogLeNet add others
+            F.cross_entropy(out, labels).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+
+        times: dict[str, list[float]] = {name: [] for name in observers}
+        for number in range(_WARM + (self.setting.rounds or 0)):
+            for name, observer in observers.items():
+                with observer or torch.enable_grad():
+                    seconds = self.clock(step)
+                if number >= _WARM:
+                    times[name].append(seconds)
+        plain = next(iter(times.values()))
+        return [Cost(name, statistics.median(taken), _ratio(taken, plain)) for name, taken in times.items()]
+
+
+def measured(
+    networks: list[str], setting: dict[str, Any], device: str, track: Callable[..., Any]
+) -> Iterator[Overhead]:
+    """`overhead` of several networks, one after another."""
+    for network in track(networks, len(networks), "measuring"):
+        yield overhead(Setting(network=network, **setting), device=device)
 
 
 class _Peak:
@@ -241,7 +339,6 @@ def _ratio(first: list[float], second: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(first, second, strict=True))
 
 
-def _bytes(observer: Observer) -> int:
-    """Memory of the statistics: all tensors of all activities."""
-    held = [value for activity in observer.activities.values() for value in vars(activity).values()]
-    return sum(value.numel() * value.element_size() for value in held if isinstance(value, Tensor))
+def _row(cost: Cost) -> list[str]:
+    memory = "" if cost.peak_bytes is None else f"{cost.peak_bytes / 2**20:,.0f} MiB"
+    return [cost.name, f"{cost.seconds:.3f}", f"{cost.ratio:.3f}", memory]

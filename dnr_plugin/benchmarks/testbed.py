@@ -22,7 +22,7 @@ from dnr_plugin.repair.network import repair_towards
 from dnr_plugin.repair.reference import Reference
 from dnr_plugin.runs.removal_stage import split
 from dnr_plugin.runs.run import train_dense
-from dnr_plugin.runs.state import Track
+from dnr_plugin.runs.state import RunState, Track
 from dnr_plugin.seeds import derive_seed
 from dnr_plugin.training.evaluation import evaluate
 from dnr_plugin.training.trainer import Trainer
@@ -48,9 +48,18 @@ def dense_folder(folder: Path, seed: int) -> Path:
     return folder / "dense" / f"seed={seed}"
 
 
+def _trained_in_bfloat16(run: RunState) -> bool:
+    """As its training chose; of a network that was only loaded, as ``train.amp`` asks, "auto" being float32."""
+    chosen = run.results.amp.get("train")
+    return run.recipe.train.amp is True if chosen is None else chosen.used
+
+
 @dataclass
 class Ground:
-    """What all cells of a seed share: the trained network and the images. Nothing in it is changed."""
+    """What all cells of a seed share: the trained network and the images. Nothing in it is changed.
+
+    ``amp``: whether it was trained in bfloat16, in which pruned networks are then tested and fine-tuned.
+    """
 
     recipe: Recipe
     model: nn.Module
@@ -62,6 +71,7 @@ class Ground:
     reference: Reference
     train: ImageSource
     test: ImageSource
+    amp: bool
 
     @classmethod
     def trained(cls, recipe: Recipe, folder: Path, device: str, track: Track) -> Ground:
@@ -81,7 +91,7 @@ class Ground:
         reference = Reference(model, run.example, repairing, seed=recipe.seed)
         return cls(
             recipe, model, run.example, run.limits, run.dense, calibration, recalibration, reference,
-            run.train_images, run.test_images,
+            run.train_images, run.test_images, _trained_in_bfloat16(run),
         )  # fmt: skip
 
     @cached_property
@@ -90,8 +100,8 @@ class Ground:
         return self.tested(self.model)
 
     def tested(self, model: nn.Module) -> float:
-        """Accuracy on the test images, in 16 bits where training is, which takes half of the time."""
-        return evaluate(model, self.test, amp=self.recipe.train.amp)
+        """Accuracy on the test images, in 16 bits where training was, which takes half of the time."""
+        return evaluate(model, self.test, amp=self.amp)
 
     def recalibrated(self, model: nn.Module) -> nn.Module:
         trial = copy.deepcopy(model)
@@ -104,12 +114,14 @@ class Ground:
         return trial
 
     def finetuned(self, model: nn.Module) -> nn.Module:
-        """Fine-tuned as `run.run_recipe` does it.
+        """Fine-tuned as `run.run_recipe` does it; with ``amp: auto`` as the dense network was trained.
 
         Raises:
             DivergedError: the loss is not finite.
         """
         trial, options = copy.deepcopy(model), self.recipe.finetune
+        if options.amp == "auto":
+            options = options.model_copy(update={"amp": self.amp})
         seed = derive_seed(self.recipe.seed, "finetune")
         torch.manual_seed(seed)
         trainer = Trainer(trial, self.train, options, seed, self.recipe.data.augment)

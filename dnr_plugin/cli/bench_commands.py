@@ -13,12 +13,14 @@ def register(commands: Commands) -> None:
     """Adds ``bench`` and its benchmarks."""
     benches = family(commands, "bench", "measure things side by side", "benchmarks", "BENCHMARK")
 
-    overhead = command(benches, "overhead", _overhead, "what observing and scoring cost, in one process")
-    overhead.add_argument("--width", type=positive, default=64, help="of ResNet-18; default: 64")
-    overhead.add_argument("--batch", type=positive, default=64, help="images per training step; default: 64")
-    overhead.add_argument("--rounds", type=positive, default=15, help="timed rounds of each; default: 15")
-    overhead.add_argument("--images", type=positive, default=256, help="that criteria and repair see; default: 256")
-    overhead.add_argument("--side", type=positive, default=32, help="of these images, in pixels; default: 32")
+    overhead = command(benches, "overhead", _overhead, "what observing, scoring, planning and repair cost")
+    overhead.add_argument("networks", metavar="NETWORK", nargs="*", default=["resnet18"],
+                          help="as recipes name them, also torchvision.NAME; default: resnet18")  # fmt: skip
+    overhead.add_argument("--width", type=positive, default=64, help="of the package's networks; default: 64")
+    overhead.add_argument("--images", type=positive, default=256, help="to observe and repair with; default: 256")
+    overhead.add_argument("--side", type=positive, help="of the images, in pixels; default: 32, of torchvision's 224")
+    overhead.add_argument("--batch", type=positive, help="images of a training step; default: 64, of large images 8")
+    overhead.add_argument("--rounds", type=positive, help="timed training steps; default: 15, of large images 3")
     overhead.add_argument("--json", action="store_true", help="print JSON")
     takes_device(overhead)
 
@@ -54,14 +56,16 @@ def register(commands: Commands) -> None:
 
 
 def _overhead(arguments: argparse.Namespace) -> int:
-    from dnr_plugin.benchmarks.overhead import costs, overhead
+    from dnr_plugin.benchmarks.overhead import measured
 
-    result = overhead(width=arguments.width, batch=arguments.batch, rounds=arguments.rounds, device=arguments.device)
-    result["criteria"] = costs(
-        width=arguments.width, images=arguments.images, side=arguments.side, device=arguments.device
-    )
-    lines = [*result["lines"], *result["criteria"]["lines"]]
-    show(json.dumps(result, indent=1) if arguments.json else "\n".join(lines))
+    setting = {key: getattr(arguments, key) for key in ("width", "images", "side", "batch", "rounds")}
+    results = []
+    for result in measured(arguments.networks, setting, arguments.device, track):
+        results.append(result.as_dict())
+        if not arguments.json:
+            show(*result.tables(), *(f"- {note}" for note in result.notes()))
+    if arguments.json:
+        show(json.dumps(results, indent=1))
     return DONE
 
 

@@ -95,7 +95,8 @@ class Convolution(_Weighted):
     def rows(self, a: Tensor, places: Tensor) -> Tensor:
         module, a = self.module, self.batched(a)
         mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-        padded = F.pad(a, module._reversed_padding_repeated_twice, mode)
+        margins = module._reversed_padding_repeated_twice
+        padded = F.pad(a, margins, mode) if any(margins) else a
         sizes = self.output_size(a)
         rows = []
         for place in places.tolist():

@@ -121,7 +121,7 @@ class Consumer(Kind):
         Returns:
             Shape [N * K, in * taps], in the order of the weights; the places of one sample next to each other.
         """
-        return self.by_channel(a)[:, :, places.to(a.device)].transpose(1, 2).flatten(0, 1)
+        return self.by_channel(a).transpose(1, 2)[:, places.to(a.device)].flatten(0, 1)
 
     def positions(self, a: Tensor) -> int:
         """Positions of the output for an input; as many as of the input, by default."""

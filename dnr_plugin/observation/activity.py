@@ -32,12 +32,30 @@ def dormancy(magnitude: Tensor) -> Tensor:
     return torch.where(mean > 0, magnitude / mean, torch.zeros_like(magnitude))
 
 
+_AT_ONCE = 2**16  # values that are summed in float64 together
+
+
 def _count(index: Tensor, size: int) -> Tensor:
     if index.device.type == "cpu":
         return torch.bincount(index, minlength=size)
     # bincount would wait for the device to learn the largest index
     ones = torch.ones(index.numel(), dtype=torch.int64, device=index.device)
     return torch.zeros(size, dtype=torch.int64, device=index.device).scatter_add_(0, index.long(), ones)
+
+
+def _sums(a: Tensor) -> list[Tensor]:
+    """Of ``a``, ``|a|`` and ``a^2`` over samples and positions, [N, C, P] -> three of [C], float64."""
+    samples, channels, positions = a.shape
+    rows = a.flatten(0, 1)
+    # a few at a time: new pages for wide copies of all would take several times as long as the sums
+    size = max(1, _AT_ONCE // max(positions, 1)) if a.device.type == "cpu" else max(1, len(rows))
+    totals, magnitudes, squares = list[Tensor](), list[Tensor](), list[Tensor]()
+    for part in torch.split(rows, size):
+        wide = part.to(torch.float64, copy=True)
+        totals.append(wide.sum(1))
+        squares.append((wide * wide).sum(1))
+        magnitudes.append(wide.abs_().sum(1))
+    return [torch.cat(sums).view(samples, channels).sum(0) for sums in (totals, magnitudes, squares)]
 
 
 class Activity:
@@ -127,15 +145,13 @@ class Activity:
         wide = torch.float64 if a.dtype is torch.float64 else torch.float32
         top, bottom = a.amax(2).to(wide), a.amin(2).to(wide)  # [N, C]
         picked = a[:: self.stride].contiguous()
-        sampled, exact = picked.float(), picked.double()
+        sampled = picked.float()
         batch.samples = a.shape[0]
         batch.values = sampled.shape[0] * sampled.shape[2]
         batch.fired_samples = (top > self.threshold).sum(0)
         # maximum and minimum hand NaN on, so one non-finite activation anywhere stays visible
         batch.highest, batch.lowest = top.amax(0), bottom.amin(0)
-        batch.total = exact.sum((0, 2))
-        batch.total_magnitude = exact.abs().sum((0, 2))
-        batch.total_square = exact.square().sum((0, 2))
+        batch.total, batch.total_magnitude, batch.total_square = _sums(picked)
         index = octaves(sampled, self.threshold, self.bins)
         index += torch.arange(0, self.channels * self.bins, self.bins, device=a.device, dtype=torch.int32)[:, None]
         batch.histogram = _count(index.flatten(), self.channels * self.bins).view(self.channels, self.bins)

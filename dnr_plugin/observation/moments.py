@@ -83,7 +83,7 @@ class Moments:
             return kind.rows(a[which], where)
         values = kind.by_channel(a)
         which, where = drawn(len(values), values.shape[2])
-        return values[which][:, :, where.to(a.device)].transpose(1, 2).flatten(0, 1)
+        return values[which].transpose(1, 2)[:, where.to(a.device)].flatten(0, 1)
 
     def merged(self, other: Moments) -> Moments:
         """Of both together."""
@@ -123,12 +123,14 @@ class Moments:
         Returns:
             Float64, shapes [F] and [F, F], F = C * features.
         """
-        sums = (self.sums.sum(0) if half is None else self.sums[half]).cpu()
-        second = sums / sums[-1, -1].clamp_min(1.0)
-        mean = second[:-1, -1]
+        second = (self.sums.sum(0) if half is None else self.sums[half]).cpu()
+        second = second / second[-1, -1].clamp_min(1.0)
+        mean, covariance = second[:-1, -1].clone(), second[:-1, :-1]
         # where means are large the difference is of rounding, and may be negative
-        rounding = _ROUNDING * second[:-1, :-1].diagonal().mean() * torch.eye(len(mean), dtype=torch.float64)
-        return mean, second[:-1, :-1] - torch.outer(mean, mean) + rounding
+        rounding = _ROUNDING * covariance.diagonal().mean()
+        covariance = torch.addr(covariance, mean, mean, alpha=-1)
+        covariance.diagonal().add_(rounding)
+        return mean, covariance
 
     def inverse(self, damping: float) -> Tensor:
         """Of the covariance, damped as in `linalg.factor`; remembered, for the many groups that a concatenation holds.

@@ -53,6 +53,11 @@ def _option(path: Loc) -> dict[str, Any]:
     return option
 
 
+def _choices(option: dict[str, Any]) -> list[str]:
+    """The alternatives of an option in YAML's words."""
+    return [choice if isinstance(choice, str) else json.dumps(choice) for choice in option["enum"]]
+
+
 def _expected(option: dict[str, Any], given: Any = None) -> str:
     """An option's type, alternatives and range in words.
 
@@ -63,7 +68,7 @@ def _expected(option: dict[str, Any], given: Any = None) -> str:
     if "properties" in option:
         return f"a mapping of {', '.join(option['properties'])}"
     if "enum" in option:
-        return f"one of {', '.join(option['enum'])}"
+        return f"one of {', '.join(_choices(option))}"
     if option["type"] == "object":
         return "a mapping"
     if option["type"] == "array":
@@ -97,7 +102,7 @@ def problem_line(error: Any, document: Document) -> str:
         message = f"expected {_expected(_option(path))}, found nothing"
     else:
         option, given = _option(path), error["input"]
-        hint = did_you_mean(given, option["enum"]) if "enum" in option and isinstance(given, str) else ""
+        hint = did_you_mean(given, _choices(option)) if "enum" in option and isinstance(given, str) else ""
         message = f"expected {_expected(option, given)}, found {as_found(given)}{hint}"
     return f"{document.location(path)}: {dotted_name(path)}: {message}"
 

@@ -72,7 +72,11 @@ class TrainOptions(Section):
         default=None, gt=0.0, le=1e9, description="largest norm of the gradient; no clipping by default"
     )
     label_smoothing: float = Field(default=0.0, ge=0.0, lt=1.0, description="of the cross-entropy")
-    amp: bool = Field(default=False, description="bfloat16 autocast; with channels_last, what a GPU wants")
+    amp: Literal["auto", True, False] = Field(
+        default="auto",
+        description="bfloat16 autocast and channels last; auto: where a short measurement before the training finds it "
+        "at least 1.1 times as fast (fine-tuning does as the training did), which results then depend on",
+    )
     pressure: PressureOptions = Field(default=PressureOptions(), description="what makes neurons die; off by default")
 
     @model_validator(mode="after")

@@ -39,5 +39,5 @@ class Places:
         rows = []
         for start in range(0, len(values), self.chunk):
             positions = self.of_chunk(first + start).to(values.device)
-            rows.append(values[start : start + self.chunk][:, :, positions].transpose(1, 2).flatten(0, 1))
+            rows.append(values[start : start + self.chunk].transpose(1, 2)[:, positions].flatten(0, 1))
         return torch.cat(rows)

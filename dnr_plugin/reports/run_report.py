@@ -105,6 +105,8 @@ def facts(report: Mapping[str, Any]) -> list[str]:
         kinds = Counter(line.rpartition(" (")[2].removesuffix(")") for line in left)
         counted = ", ".join(f"{times} {kind}" for kind, times in kinds.most_common())
         lines.append(f"{f'Activations other than {name}' if name else 'Activations, left as they are'}: {counted}.")
+    if precision := report.get("amp"):  # reports of earlier versions have none
+        lines.append(" ".join(_precision_fact(stage, chosen) for stage, chosen in precision.items()))
     seconds = report["seconds"]
     lines.append(
         f"Seed {report['seed']}, {report['device']}; {seconds['train']:.0f} s training, "
@@ -137,6 +139,19 @@ def _rounding_facts(report: Mapping[str, Any]) -> list[str]:
     if round_to == 1:
         return ["Any number of channels was kept: as measured on layers, this machine rounds to no multiple."]
     return [f"Multiples of {round_to} channels were kept: as measured on layers, smaller steps save no time here."]
+
+
+def _precision_fact(stage: str, chosen: Mapping[str, Any]) -> str:
+    """In what a stage computed, and why."""
+    did = "Trained" if stage == "train" else "Fine-tuned"
+    if chosen["float32_ms"] is not None and chosen["bfloat16_ms"] is not None:
+        why = (
+            f"a trial step of {chosen['images']} images took {chosen['float32_ms']:.0f} ms in float32 and "
+            f"{chosen['bfloat16_ms']:.0f} ms in bfloat16"
+        )
+    else:
+        why = chosen["reason"] or "as the recipe asks"
+    return f"{did} in {'bfloat16' if chosen['used'] else 'float32'}: {why}."
 
 
 def _dynamics_facts(dynamics: Mapping[str, Any] | None, removed: bool) -> list[str]:

@@ -122,6 +122,15 @@ class _Activation(_Stored):
     left: list[str] = []
 
 
+class _Precision(_Stored):
+    asked: Literal["auto", True, False]
+    used: bool
+    reason: str | None = None
+    images: _Count = 0
+    float32_ms: _Amount | None = None
+    bfloat16_ms: _Amount | None = None
+
+
 class _Report(_Stored):
     name: str
     seed: int
@@ -146,6 +155,7 @@ class _Report(_Stored):
     repair: _Repair | None = None
     dynamics: _Dynamics | None = None
     activation: _Activation = _Activation()
+    amp: dict[Literal["train", "finetune"], _Precision] = {}  # reports of earlier versions have none
 
 
 class _Epoch(_Stored):

@@ -87,6 +87,7 @@ def outcome(
         "skipped": [{"layer": layer, "reason": reason} for layer, reason in removal.skipped],
         "unsupported_ops": after.unsupported_ops,
         "activation": measured.activation,
+        "amp": {stage: asdict(chosen) for stage, chosen in results.amp.items()},
     }
 
 

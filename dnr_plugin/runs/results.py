@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from dnr_plugin.training.precision import Precision
+
 
 @dataclass
 class Seconds:
@@ -82,6 +84,7 @@ class Results:
     accuracy_before_finetune: float | None = None
     removal: Removal | None = None
     dynamics: CheckSums | None = None
+    amp: dict[str, Precision] = field(default_factory=dict)  # by training stage
 
     def plain(self) -> dict[str, Any]:
         """As dicts, lists and plain values."""
@@ -100,4 +103,6 @@ class Results:
             values.get("accuracy_before_finetune"),
             removal,
             None if sums is None else CheckSums(**sums),
+            # earlier versions' checkpoints have none
+            {stage: Precision(**chosen) for stage, chosen in values.get("amp", {}).items()},
         )

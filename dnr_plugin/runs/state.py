@@ -102,9 +102,9 @@ class RunState:
         """The images of `calibration` with their labels."""
         return calibration_images(self.train_images, samples, self.recipe.seed, self.shown(what), augment)
 
-    def accuracy(self) -> float:
-        """On the test images."""
-        return evaluate(self.model, self.test_images, progress=self.shown("evaluating"))
+    def accuracy(self, amp: bool = False) -> float:
+        """On the test images; what is reported in float32, an epoch's as it trained."""
+        return evaluate(self.model, self.test_images, progress=self.shown("evaluating"), amp=amp)
 
     def shown(self, what: str) -> Progress:
         return lambda items, total: self.track(items, total, what)

@@ -14,11 +14,13 @@ from dnr_plugin.dynamics.check import Check
 from dnr_plugin.dynamics.dynamics import DyingNeuronDynamics
 from dnr_plugin.pruning.layers import Limits
 from dnr_plugin.pruning.targets import baseline
+from dnr_plugin.recipe.training_sections import TrainOptions
 from dnr_plugin.runs.removal_stage import importance_of
 from dnr_plugin.runs.results import CheckSums, Removal
 from dnr_plugin.runs.state import RunState, set_random_state
 from dnr_plugin.runs.timetable import timetable
 from dnr_plugin.seeds import derive_seed
+from dnr_plugin.training.precision import Precision, choose_precision
 from dnr_plugin.training.trainer import Trainer
 
 
@@ -33,6 +35,7 @@ def train(run: RunState, stage: str, state: Mapping[str, Any] | None) -> None:
     options = run.recipe.train if stage == "train" else run.recipe.finetune
     if options.epochs == 0:
         return
+    options = options.model_copy(update={"amp": _precision(run, stage, options).used})
     seed = derive_seed(run.recipe.seed, stage)
     torch.manual_seed(seed)  # of dropout and the like
     trainer = Trainer(run.model, run.train_images, options, seed, run.recipe.data.augment)
@@ -59,8 +62,8 @@ def train(run: RunState, stage: str, state: Mapping[str, Any] | None) -> None:
                 sums.stopped = dynamics.stopped
                 run.log(event="stopped", epoch=number + 1, reason=dynamics.stopped)
             run.log(
-                event="epoch", stage=stage, epoch=number + 1, loss=done.loss, lr=done.lr, accuracy=run.accuracy(),
-                seconds=time.perf_counter() - start, training_seconds=training,
+                event="epoch", stage=stage, epoch=number + 1, loss=done.loss, lr=done.lr,
+                accuracy=run.accuracy(trainer.amp), seconds=time.perf_counter() - start, training_seconds=training,
                 check_seconds=sum(check.seconds for check in done.checks),
             )  # fmt: skip
             run.save(trainer)
@@ -70,6 +73,23 @@ def train(run: RunState, stage: str, state: Mapping[str, Any] | None) -> None:
                 _sums(run).stopped = "no check saw min_samples images at every layer"
             if run.recipe.prune.mode != "after_training":
                 run.results.removal = _removed_while_training(run, dynamics)
+
+
+def _precision(run: RunState, stage: str, options: TrainOptions) -> Precision:
+    """What a stage computes in: chosen once, and noted in the results, so that a resumed run goes on in the same.
+
+    Fine-tuning follows a training that had the choice, so that runs that share their training also share this.
+    """
+    known = run.results.amp
+    if stage not in known:
+        trained = known.get("train")
+        if options.amp == "auto" and trained is not None and trained.asked == "auto":
+            known[stage] = Precision("auto", trained.used, reason="as in training")
+        else:
+            images = options.epochs * len(run.train_images)
+            with run.timed(stage):
+                known[stage] = choose_precision(run.model, run.example, options, run.dense.report.flops, images)
+    return known[stage]
 
 
 def _sums(run: RunState) -> CheckSums:

@@ -61,7 +61,7 @@ def inverse_of(covariance: Tensor) -> Tensor:
 
 
 def damages(readers: Sequence[Reader], neurons: int) -> tuple[list[int], Tensor]:
-    """Removes neurons one by one, always the one that costs least, correcting what remains after each.
+    """Removes neurons one by one, always the one that costs least as far as `_round` sees, correcting what remains.
 
     Args:
         readers: all layers that read the neurons.
@@ -90,6 +90,7 @@ def damages(readers: Sequence[Reader], neurons: int) -> tuple[list[int], Tensor]
         remaining = remaining[left[remaining]]
         for state in states:
             state.remove(torch.tensor(gone))
+        states = [state for state in states if state.stays.any()]
     return order, torch.tensor(costs, dtype=torch.float64).clamp_min(0.0)
 
 

@@ -54,18 +54,20 @@ class Trainer:
     Args:
         model: on its device.
         images: training images on the same device.
-        options: of the recipe.
+        options: of the recipe; ``amp: auto`` is float32 here, see `precision.choose_precision`.
         seed: of order and augmentation.
         augment: names of augmentations.
 
     Attributes:
+        amp: whether it computes in bfloat16.
         dynamics: watches the neurons while an epoch runs, where it is set.
     """
 
     def __init__(
         self, model: nn.Module, images: ImageSource, options: TrainOptions, seed: int, augment: Iterable[str] = ()
     ) -> None:
-        if options.amp:
+        self.amp = options.amp is True
+        if self.amp:
             model.to(memory_format=fast_layout(next(model.parameters()).device))  # type: ignore[call-overload]
         self.model, self.images, self.options, self.seed = model, images, options, seed
         self.augment = tuple(augment)
@@ -73,7 +75,7 @@ class Trainer:
         self._last_lr = options.lr
         self.steps_per_epoch = len(images) // options.batch_size
         self.steps = self.steps_per_epoch * options.epochs
-        self.optimizer = _optimizer(model, options)
+        self.optimizer = make_optimizer(model, options)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda step: lr_factor(options, step, self.steps)
         )
@@ -119,7 +121,7 @@ class Trainer:
         seed = derive_seed(self.seed, number)
         batches = self.images.batches(options.batch_size, seed=seed, augment=self.augment, drop_last=True)
         for step, (images, labels) in enumerate(batches):
-            with torch.autocast(images.device.type, torch.bfloat16, enabled=options.amp):
+            with torch.autocast(images.device.type, torch.bfloat16, enabled=self.amp):
                 logits = self.model(images)
                 loss = F.cross_entropy(logits.float(), labels, label_smoothing=options.label_smoothing)
             self.optimizer.zero_grad(set_to_none=True)
@@ -162,7 +164,8 @@ class Trainer:
         return float(values.sum())
 
 
-def _optimizer(model: nn.Module, options: TrainOptions) -> torch.optim.Optimizer:
+def make_optimizer(model: nn.Module, options: TrainOptions) -> torch.optim.Optimizer:
+    """The optimizer that the options name."""
     if options.optimizer == "sgd":
         return torch.optim.SGD(
             model.parameters(),

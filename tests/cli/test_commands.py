@@ -238,21 +238,26 @@ def test_a_plan_tells_what_was_predicted_and_measured(
 
 def test_overhead_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
     """The benchmark runs and counts; what it says of speed is no test's business."""
-    small = ["--width", "8", "--batch", "4", "--rounds", "3", "--images", "32"]
-    assert main(["bench", "overhead", *small, "--device", "cpu", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    costs = found["criteria"]["costs"]
-    names = [
-        "forward passes alone", "MagnitudeImportance", "TaylorImportance", "DyingNeuronImportance", "repair_network",
-    ]  # fmt: skip
-    assert [*costs] == names
-    assert all(
-        cost["seconds"] > 0 and (cost["peak_bytes"] is None or cost["peak_bytes"] >= 0) for cost in costs.values()
-    )
-    assert found["observing_ratio"] > 0
-    assert found["scoring_ratio"] > 0
-    first, last = found["statistics_bytes"].values()
-    assert first == last > 0
+    small = ["--width", "8", "--batch", "4", "--rounds", "1", "--images", "8", "--side", "32", "--device", "cpu"]
+    assert main(["bench", "overhead", "torchvision.mobilenet_v3_small", *small, "--json"]) == 0
+    (result,) = json.loads(capsys.readouterr().out)
+    assert result["setting"]["network"] == "torchvision.mobilenet_v3_small"
+    costs = {cost["name"]: cost for cost in result["calibration"]}
+    assert {f"scoring all groups: {name}" for name in SCORES} - {*costs} == {"scoring all groups: redundancy"}
+    for row in ("forward passes", "scoring all groups: redundancy, the default", "repair_network"):
+        assert costs[row]["ratio"] == pytest.approx(costs[row]["seconds"] / costs["forward passes"]["seconds"])
+    assert all(cost["seconds"] > 0 for cost in (*result["calibration"], *result["training"]))
+    assert result["training"][0]["ratio"] == 1.0
+    assert all(figure > 0 for figure in result["products"])
+    assert main(["bench", "overhead", *small]) == 0
+    shown = capsys.readouterr().out
+    assert "8 images of 32x32" in shown
+    assert "training steps of 4 images" in shown
+
+
+def test_overhead_of_an_unknown_network_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "overhead", "resnet19"]) == 2
+    assert "resnet18" in capsys.readouterr().err
 
 
 IN_A_FINALISER = """

@@ -134,7 +134,7 @@ FILES = {
     ),
     "yes for a boolean": (
         edited("lr: 0.05", "amp: yes"),
-        ["r.yaml:9: train.amp: expected true or false, found 'yes'"],
+        ["r.yaml:9: train.amp: expected one of auto, true, false, found 'yes'"],
     ),
     "underscores": (
         edited("lr: 0.05", "batch_size: 1_000"),

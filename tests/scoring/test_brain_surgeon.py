@@ -138,6 +138,20 @@ def test_rounds_take_what_one_by_one_would(neurons: int, features: tuple[int, ..
 
 
 @pytest.mark.parametrize("features", [1, 4])
+def test_a_reader_may_run_out_of_neurons_long_before_others(features: int) -> None:
+    """Of grouped convolutions each reads a few: here the first six neurons, which cost next to nothing."""
+    draw, neurons = np.random.default_rng(0), 200
+    x, w = draw.normal(size=(800, neurons)), draw.normal(size=(8, neurons))
+    w[:, :6] *= 1e-3
+    few, own = draw.normal(size=(800, 6 * features)), 1e-3 * draw.normal(size=(8, 6 * features))
+    columns = np.arange(6 * features).reshape(6, features).tolist()
+    order, costs = damages([reader(*single(x, w)), reader(few, own, [*range(6)], columns)], neurons)
+    assert sorted(order) == [*range(neurons)]
+    assert {*order[:6]} == {*range(6)}
+    assert costs.isfinite().all()
+
+
+@pytest.mark.parametrize("features", [1, 4])
 def test_reproduce_equals_least_squares(features: int) -> None:
     """Weights of the remaining inputs, for a share of them that goes."""
     draw = np.random.default_rng(features)
