@@ -124,14 +124,12 @@ class DyingNeuronDynamics:
             raise ValueError(f"min_samples: expected at least 1, found {min_samples}")
         if scope not in COUNTED_SCOPES:
             raise ValueError(f"scope: expected one of {', '.join(COUNTED_SCOPES)}, found {scope!r}")
-        if limits.round_to == "auto":  # what is timed could not be resumed
-            raise ValueError("limits: expected a number for round_to, which is not measured while training, found auto")
         model = eager(model)
         self.model, self.example, self.optimizer = model, one_sample(example_inputs), optimizer
         self.when, self.policy, self.min_samples = when, policy, min_samples
         self._zeroing = zero
         self.importance = importance or DyingNeuronImportance("variation", moments=False)
-        self.scope, self.limits, self.fold, self.followers = scope, limits.in_scope(scope), fold, tuple(followers)
+        self.scope, self.limits, self.fold, self.followers = scope, limits.in_training(scope), fold, tuple(followers)
         self.dense = dense or baseline(model, example_inputs, verify=limits.verify)
         if dense is None and policy.target is not None:
             policy.target.check_counts(self.dense.report)

@@ -50,6 +50,16 @@ class Limits:
             return self
         return replace(self, max_pruning_ratio=1.0 if scope == "local" else MAX_PRUNING_RATIO)
 
+    def in_training(self, scope: str) -> Limits:
+        """`in_scope`, where nothing is timed, since what is could not be resumed.
+
+        Raises:
+            ValueError: it would have to be.
+        """
+        if self.round_to == "auto":
+            raise ValueError("limits: expected a number for round_to, which is not measured while training, found auto")
+        return self.in_scope(scope)
+
 
 @dataclass(frozen=True)
 class Part:
