@@ -558,7 +558,7 @@ def test_a_report_counts_what_is_left() -> None:
         "exact_removal": {"neurons": 0},
         "sparsity": {"neuron": 0.5, "weight": 0.5},
         "seconds": {"train": 1, "prune": 1, "finetune": 1},
-        "skipped": [], "unsupported_ops": {}, "seed": 0, "device": "CPU",
+        "skipped": [], "unsupported_ops": {}, "seed": 0, "device": "CPU", "recipe": {}, "kept": {"flops": 0.5},
     }  # fmt: skip
     left = ["a.fc (Sigmoid)", "b.fc (Sigmoid)", "the model (softmax)"]
     for name, start in (("gelu", "Activations other than gelu: "), (None, "Activations, left as they are: ")):

@@ -91,7 +91,8 @@ def test_a_watched_run_removes_nothing_and_counts(tiny: Path, tmp_path: Path) ->
     recipe = load_recipe(tiny, [*overrides, watch])
     report = run_recipe(recipe, tmp_path / "run")
     assert report["kept"] == {"flops": 1.0, "params": 1.0}
-    assert report["target"] == {"kind": None, "requested": None, "achieved": None, "reached": True}
+    nothing = {"kind": None, "requested": None, "achieved": None, "reached": True, "predicted": None}
+    assert report["target"] == nothing
     assert report["dynamics"]["checks"] == 4
     assert report["dynamics"]["removed"] == report["dynamics"]["restored"] == 0
     assert report["dead"]["of"] == _sum(tmp_path / "run", "neurons", 4)
