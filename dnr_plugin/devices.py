@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import time
 from pathlib import Path
 
 import torch
@@ -40,6 +41,13 @@ def to_device(model: nn.Module, device: torch.device) -> nn.Module:
     if device.type == "cuda":
         return model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
     return model.to(device)
+
+
+def now(device: torch.device) -> float:
+    """Seconds of a clock, once the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def memory() -> int:

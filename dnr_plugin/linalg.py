@@ -36,6 +36,11 @@ def outer_products(a: Tensor, b: Tensor) -> Tensor:
 TINY = 1e-30
 
 
+def damped_inverse(moments: Tensor, damping: float) -> Tensor:
+    """Inverse of second moments, damped as in `factor`; see there."""
+    return torch.cholesky_inverse(factor(moments, damping))
+
+
 def factor(moments: Tensor, damping: float) -> Tensor:
     """Cholesky factor of second moments, damped.
 

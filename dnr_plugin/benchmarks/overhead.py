@@ -7,9 +7,8 @@ import gc
 import mmap
 import statistics
 import threading
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ import torch.nn.functional as F
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from dnr_plugin.devices import device_name, fast_layout, pick_device, to_device, versions
+from dnr_plugin.devices import device_name, fast_layout, now, pick_device, to_device, versions
 from dnr_plugin.models.build import build_model
 from dnr_plugin.network.graph import build_graph
 from dnr_plugin.observation.observer import Observer
@@ -64,8 +63,7 @@ class Setting:
         """With numbers for None."""
         side = self.side or (224 if "." in self.network else 32)
         batch, rounds = (8, 3) if side > _LARGE else (64, 15)
-        values = asdict(self) | {"side": side, "batch": self.batch or batch, "rounds": self.rounds or rounds}
-        return Setting(**values)
+        return replace(self, side=side, batch=self.batch or batch, rounds=self.rounds or rounds)
 
 
 @dataclass(frozen=True)
@@ -168,11 +166,9 @@ class _Bench:
         return torch.randn(count, 3, side, side, device=self.device).to(memory_format=fast_layout(self.device))
 
     def clock(self, work: Callable[[], object]) -> float:
-        start = time.perf_counter()
+        start = now(self.device)
         work()
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter() - start
+        return now(self.device) - start
 
     def calibration(self) -> tuple[list[Cost], tuple[float, float]]:
         """Forward passes, then all that is done on them."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -55,6 +55,18 @@ def kept_modes(model: nn.Module, *, attributes: bool = True) -> Iterator[None]:
             if len(value) != len(before) and next(tensors(value), None) is not None:
                 value.clear()
                 value.extend(before) if isinstance(value, list) else value.update(before)
+
+
+@contextlib.contextmanager
+def in_eval(model: nn.Module, hooks: Iterable[torch.utils.hooks.RemovableHandle] = ()) -> Iterator[None]:
+    """The model in eval mode; on leaving its modes are as they were (`kept_modes`), and the hooks gone."""
+    try:
+        with kept_modes(model):
+            model.eval()
+            yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 _OF_EVERY_MODULE = set(vars(nn.Module()))

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from dnr_plugin.errors import InputError
-from dnr_plugin.network.calling import call_as_it_is, eager, is_compiled, kept_modes, one_sample, uncompiled
+from dnr_plugin.network.calling import call_as_it_is, eager, in_eval, is_compiled, kept_modes, one_sample, uncompiled
 from dnr_plugin.network.flop_handles import FLOP_HANDLES, multiplies_matrices, noting_scripted
 from dnr_plugin.network.kinds import kind_of
 
@@ -187,8 +187,7 @@ def forward_times(models: list[nn.Module], inputs: Any, *, seconds: float = 2.0,
 
     with torch.no_grad(), contextlib.ExitStack() as modes:
         for model in models:
-            modes.enter_context(kept_modes(model))
-            model.eval()
+            modes.enter_context(in_eval(model))
         return steadied(timed_in_turn([partial(run, model) for model in models], seconds=seconds, warmup=warmup))
 
 

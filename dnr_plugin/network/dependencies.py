@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch_pruning import ops
 
 from dnr_plugin.errors import InputError
-from dnr_plugin.network.calling import call, kept_modes, tensors
+from dnr_plugin.network.calling import call, in_eval, tensors
 from dnr_plugin.network.kinds import is_consumer, kind_of
 from dnr_plugin.network.units import joined, ties
 
@@ -190,16 +190,13 @@ def output_layers(model: nn.Module, example_inputs: Any) -> set[nn.Module]:
     for parameter in frozen:
         parameter.requires_grad_(True)
     try:
-        with kept_modes(model), torch.enable_grad():
-            model.eval()
+        with in_eval(model, handles), torch.enable_grad():
             outputs = [out for out in tensors(call(model, example_inputs)) if out.grad_fn is not None]
             if not outputs:
                 raise InputError(f"model: expected outputs that are tensors, found none from {type(model).__name__}")
             total = torch.stack([out.double().sum() for out in outputs]).sum()
             gradients = torch.autograd.grad(total, list(owners), allow_unused=True)
     finally:
-        for handle in handles:
-            handle.remove()
         for parameter in frozen:
             parameter.requires_grad_(False)
     return {module for (_, module), gradient in zip(owners.items(), gradients, strict=True) if gradient is not None}

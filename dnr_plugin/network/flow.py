@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from dnr_plugin.network.calling import Pausable, call, kept_modes, module_names, tensors
+from dnr_plugin.network.calling import Pausable, call, in_eval, module_names, tensors
 from dnr_plugin.network.kinds import has_weights, is_batchnorm
 
 _ADD = {"add", "__add__", "__radd__", "add_", "__iadd__"}
@@ -196,15 +196,10 @@ def trace_sites(model: nn.Module, inputs: Any) -> dict[str, Site]:
             handles += [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
         elif is_batchnorm(module):
             handles.append(module.register_forward_hook(normed))
-    try:
-        with kept_modes(model), torch.no_grad(), trace:
-            model.eval()
-            outputs = call(model, inputs)
-            with trace.paused():
-                trace.read(outputs, "return")
-    finally:
-        for handle in handles:
-            handle.remove()
+    with in_eval(model, handles), torch.no_grad(), trace:
+        outputs = call(model, inputs)
+        with trace.paused():
+            trace.read(outputs, "return")
     return {
         name: trace.first[name].site(sizes[name]) if name in trace.first else Site()
         for name in trace.started

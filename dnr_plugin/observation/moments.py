@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dnr_plugin.linalg import factor, outer_products
+from dnr_plugin.linalg import damped_inverse, outer_products
 from dnr_plugin.network.kinds import consumer
 
 # Patches of up to this many values are read whole; of wider layers, and transposed ones, channels alone.
@@ -139,6 +139,5 @@ class Moments:
             Float64, shape [F, F]; not to be changed.
         """
         if self._inverse is None or self._inverse[:2] != (self.rows, damping):
-            covariance = self.mean_and_covariance()[1]
-            self._inverse = self.rows, damping, torch.cholesky_inverse(factor(covariance, damping))
+            self._inverse = self.rows, damping, damped_inverse(self.mean_and_covariance()[1], damping)
         return self._inverse[2]

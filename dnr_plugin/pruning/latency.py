@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dnr_plugin.network.calling import call, input_of, kept_modes, uncompiled
+from dnr_plugin.network.calling import call, in_eval, input_of, uncompiled
 from dnr_plugin.network.cost import FlopReport
 from dnr_plugin.network.kinds import Depthwise, kind_of
 from dnr_plugin.pruning.cost_model import Effect
@@ -50,13 +50,8 @@ def layer_shapes(model: nn.Module, inputs: Any) -> dict[str, Counter[LayerShape]
             noted.setdefault(names[module], Counter())[shape] += 1
 
     handles = [module.register_forward_pre_hook(note, with_kwargs=True) for module in names]
-    try:
-        with kept_modes(model), uncompiled(), torch.no_grad():
-            model.eval()
-            call(model, inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with in_eval(model, handles), uncompiled(), torch.no_grad():
+        call(model, inputs)
     return noted
 
 
@@ -252,7 +247,7 @@ class LatencyModel:
         Returns:
             The share of the latency that it saves.
         """
-        before, after, touched = 0.0, 0.0, {name for name, _ in effect if name in self._layers}
+        touched = {name for name, _ in effect if name in self._layers}
         before = sum(self._layers[name].seconds() for name in touched)
         for (name, side), count in effect.items():
             if name in touched:
@@ -288,9 +283,8 @@ def _grid(width: int, multiple: int) -> list[int]:
 
 def _between(grid: Sequence[int], width: float) -> tuple[int, int, float]:
     """The grid's widths around one, and how far between them it is."""
-    index = bisect.bisect_left(grid, width)
-    if index == 0 or grid[min(index, len(grid) - 1)] == width or index == len(grid):
-        value = grid[min(index, len(grid) - 1)]
-        return value, value, 0.0
-    low, high = grid[index - 1], grid[index]
+    index = min(bisect.bisect_left(grid, width), len(grid) - 1)
+    low, high = grid[max(index - 1, 0)], grid[index]
+    if index == 0 or high <= width:
+        return high, high, 0.0
     return low, high, (width - low) / (high - low)

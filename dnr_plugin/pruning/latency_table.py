@@ -6,6 +6,7 @@ in turn, in an order of its own each round, so that drift hits all alike.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dnr_plugin.devices import device_name
+from dnr_plugin.devices import device_name, now
 from dnr_plugin.errors import InputError, RunError, first_line
 from dnr_plugin.files import atomic_write, read_json
 
@@ -148,8 +149,8 @@ class LatencyTable:
                 f"{len(rounds[0])} rounds: this machine is too busy to tell; try again when it is not"
             )
         times = [undisturbed(of_layer) for of_layer in rounds]
-        now, before = sum(times[len(missing) :]), sum(map(self.seconds, known))
-        scale = before / now if known else 1.0
+        again, before = sum(times[len(missing) :]), sum(map(self.seconds, known))
+        scale = before / again if known else 1.0
         self._layers |= {shape.key: scale * seconds for shape, seconds in zip(missing, times, strict=False)}
         self._write()
 
@@ -195,8 +196,6 @@ def machine(device: torch.device) -> dict[str, str]:
 
 def table_file(machine: Mapping[str, str]) -> Path:
     """Where the layer times of a machine are kept: one file each, in ``$XDG_CACHE_HOME/dnr_plugin``."""
-    import hashlib
-
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     digest = hashlib.sha256(json.dumps(machine, sort_keys=True).encode()).hexdigest()[:12]
     return Path(cache).expanduser() / "dnr_plugin" / f"layer-times-{digest}.json"
@@ -248,8 +247,7 @@ def _rounds(
     seconds: float,
     device: torch.device,
 ) -> list[list[float]]:
-    cuda = device.type == "cuda"
-    repeats = _CUDA_REPEATS if cuda else 1
+    repeats = _CUDA_REPEATS if device.type == "cuda" else 1
     times: list[list[float]] = [[] for _ in calls]
     end = time.perf_counter() + seconds
     number = -1  # the first is not counted
@@ -260,14 +258,10 @@ def _rounds(
             for index in order:
                 layer, given = calls[index]
                 given.abs_()  # as a network has just made it
-                if cuda:
-                    torch.cuda.synchronize(device)
-                start = time.perf_counter()
+                start = now(device)
                 for _ in range(repeats):
                     layer(given)
-                if cuda:
-                    torch.cuda.synchronize(device)
-                times[index].append((time.perf_counter() - start) / repeats)
+                times[index].append((now(device) - start) / repeats)
             number += 1
     return [measured[1:] for measured in times]
 

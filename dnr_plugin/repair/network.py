@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from dnr_plugin.errors import RunError
 from dnr_plugin.network.attention import completed, split_modules
-from dnr_plugin.network.calling import call, eager, kept_modes, module_names, network_of
+from dnr_plugin.network.calling import call, eager, in_eval, module_names, network_of
 from dnr_plugin.network.flow import Calls
 from dnr_plugin.network.graph import build_graph, group_of
 from dnr_plugin.network.kinds import consumer, has_weights, is_consumer, kind_of
@@ -192,13 +192,8 @@ def repair_towards(
         return hook
 
     handles = [modules[name].register_forward_pre_hook(fit(name)) for name in sites]
-    try:
-        with kept_modes(model), calls:
-            model.eval()
-            call(model, images)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with in_eval(model, handles), calls:
+        call(model, images)
     missed = [name for name in reference.targets if left[name] is None and name not in reached]
     if missed:
         raise RunError(_OTHERWISE.format(missed[0]))

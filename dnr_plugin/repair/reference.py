@@ -16,7 +16,7 @@ from dnr_plugin.network.calling import (
     call,
     concatenated,
     eager,
-    kept_modes,
+    in_eval,
     module_names,
     output_difference,
     part_of,
@@ -137,13 +137,8 @@ def _otherwise(dense: nn.Module, sites: Mapping[str, Site], places: Mapping[str,
         if name in sites and places[name].positions:
             handles.append(modules[name].register_forward_hook(expect(name, sites[name].norm)))
             handles.append(modules[sites[name].norm or name].register_forward_hook(compare(name)))
-    try:
-        with kept_modes(dense):
-            dense.eval()
-            call(dense, images)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with in_eval(dense, handles):
+        call(dense, images)
     return differing
 
 
@@ -199,15 +194,10 @@ def _targets(
             wanted[site.sum] = partial(read, name)
         else:
             handles.append(modules[site.norm or name].register_forward_hook(after(name)))
-    try:
-        with kept_modes(dense):
-            dense.eval()
-            for first in range(0, samples_in(images), 4 * CHUNK):
-                part = part_of(images, slice(first, first + 4 * CHUNK))
-                calls.count = 0
-                with calls:
-                    call(dense, part)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with in_eval(dense, handles):
+        for first in range(0, samples_in(images), 4 * CHUNK):
+            part = part_of(images, slice(first, first + 4 * CHUNK))
+            calls.count = 0
+            with calls:
+                call(dense, part)
     return {name: torch.cat(rows) for name, rows in goals.items() if rows}

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dnr_plugin.linalg import TINY, factor
+from dnr_plugin.linalg import TINY, damped_inverse, factor
 
 Matrix = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -57,7 +57,7 @@ def inverse_of(covariance: Tensor) -> Tensor:
     """What a `Reader` holds: the damped inverse of a covariance [F, F] or of variances [F]."""
     if covariance.dim() == 1:
         return 1.0 / (covariance + DAMPING * covariance.mean() + TINY)
-    return torch.cholesky_inverse(factor(covariance, DAMPING))
+    return damped_inverse(covariance, DAMPING)
 
 
 def damages(readers: Sequence[Reader], neurons: int) -> tuple[list[int], Tensor]:
@@ -85,11 +85,10 @@ def damages(readers: Sequence[Reader], neurons: int) -> tuple[list[int], Tensor]
         gone, lost = _round(states, constant, remaining)
         order += gone
         costs += lost
-        left = torch.ones(neurons, dtype=torch.bool)
-        left[gone] = False
-        remaining = remaining[left[remaining]]
+        taken = torch.tensor(gone)
+        remaining = remaining[~torch.isin(remaining, taken)]
         for state in states:
-            state.remove(torch.tensor(gone))
+            state.remove(taken)
         states = [state for state in states if state.stays.any()]
     return order, torch.tensor(costs, dtype=torch.float64).clamp_min(0.0)
 

@@ -124,7 +124,7 @@ def _digest(graph: tp.DependencyGraph, evidence: Sequence[Evidence], unit: Tenso
     for e in evidence:
         moments, scale = e.activity.moments, _scale(graph, e.use.module)
         parts = [e.use.neurons, e.use.channels, *consumer(e.use.module).matrices(moments.features if moments else 1)]
-        parts += [e.activity.variance] if moments is None else [moments.sums[:, -1], *moments.sums.diagonal(0, 1, 2)]
+        parts += [e.activity.variance] if moments is None else [moments.sums[:, -1], moments.sums.diagonal(0, 1, 2)]
         for part in parts if scale is None else [*parts, scale]:
             digest.update(str(part.shape).encode())
             digest.update(part.cpu().contiguous().numpy().data)

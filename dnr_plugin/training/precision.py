@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dnr_plugin.devices import fast_layout, ranks
+from dnr_plugin.devices import fast_layout, now, ranks
 from dnr_plugin.errors import first_line
 from dnr_plugin.network.calling import copied
 from dnr_plugin.recipe.training_sections import TrainOptions
@@ -134,9 +134,9 @@ def step_seconds(model: nn.Module, example: Tensor, options: TrainOptions, timin
         if done > _LEAST_ROUNDS and ranks() == 1 and time.perf_counter() - begun > _LONGEST:
             break  # a busy machine; several ranks, whose layers may wait for each other, do the same steps
         for step, taken in zip(steps, seconds, strict=True):
-            start = _now(example.device)
+            start = now(example.device)
             step()
-            taken.append(_now(example.device) - start)
+            taken.append(now(example.device) - start)
     plain, rounded = (min(taken[1:]) for taken in seconds)
     return plain, rounded
 
@@ -156,9 +156,3 @@ def _step(model: nn.Module, images: Tensor, options: TrainOptions, amp: bool) ->
         optimizer.step()
 
     return step
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()

@@ -126,7 +126,7 @@ def test_both_are_timed_in_turns_and_the_fastest_counts(monkeypatch: pytest.Monk
         return clock[0]
 
     starts: list[float] = []
-    monkeypatch.setattr(precision, "_now", now)
+    monkeypatch.setattr(precision, "now", now)
     assert step_seconds(model, EXAMPLE, _options(), Timing(4, 3)) == (4.0, 2.0)
     assert kinds == [torch.float32, torch.bfloat16] * 4
 
