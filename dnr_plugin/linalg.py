@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -14,23 +15,44 @@ _BLOCK = 512  # columns of outer products that are summed together
 
 def outer_products(a: Tensor, b: Tensor) -> Tensor:
     """Sum over rows of the outer products of [a, 1] and [b, 1]: [R, A], [R, B] -> [A + 1, B + 1], float64."""
-    same = a is b
     total = a.new_zeros(a.shape[1] + 1, b.shape[1] + 1, dtype=torch.float64)
-    products = total[:-1, :-1]
-    # sums this short lose nothing in float32
-    for left, right in zip(torch.split(a, 1024), torch.split(b, 1024), strict=True):
-        total[-1, :-1] += right.sum(0)
-        total[:-1, -1] += left.sum(0)
-        total[-1, -1] += len(left)
-        step = _BLOCK if same else max(1, a.shape[1])
-        for start in range(0, left.shape[1], step):  # of symmetric ones the upper half is enough
-            first = start if same else 0
-            products[start : start + step, first:] += left[:, start : start + step].T @ right[:, first:]
-    if same:
-        for start in range(0, a.shape[1], _BLOCK):
-            stop = start + _BLOCK
-            products[stop:, start:stop] = products[start:stop, stop:].T
+    if a is b:
+        add_outer_products(total, a)
+        mirror(total)
+        return total
+    for left, right in _short(a, b):
+        _add_sums(total, left, right)
+        total[:-1, :-1] += left.T @ right
     return total
+
+
+def add_outer_products(total: Tensor, a: Tensor) -> None:
+    """Adds ``outer_products(a, a)`` to ``total``, but not below its diagonal, which `mirror` makes up for."""
+    products = total[:-1, :-1]
+    for part, _ in _short(a, a):
+        _add_sums(total, part, part)
+        for start in range(0, a.shape[1], _BLOCK):
+            products[start : start + _BLOCK, start:] += part[:, start : start + _BLOCK].T @ part[:, start:]
+
+
+def mirror(total: Tensor) -> None:
+    """Makes what `add_outer_products` has added up symmetric, in place."""
+    products = total[:-1, :-1]
+    for start in range(0, len(products), _BLOCK):
+        stop = start + _BLOCK
+        products[stop:, start:stop] = products[start:stop, stop:].T
+
+
+def _short(a: Tensor, b: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Sums over so few rows lose nothing in float32."""
+    return zip(torch.split(a, 1024), torch.split(b, 1024), strict=True)
+
+
+def _add_sums(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """What the constants appended to both give."""
+    total[-1, :-1] += b.sum(0)
+    total[:-1, -1] += a.sum(0)
+    total[-1, -1] += len(a)
 
 
 TINY = 1e-30

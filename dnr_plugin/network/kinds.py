@@ -94,19 +94,25 @@ class Convolution(_Weighted):
 
     def rows(self, a: Tensor, places: Tensor) -> Tensor:
         module, a = self.module, self.batched(a)
-        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-        margins = module._reversed_padding_repeated_twice
-        padded = F.pad(a, margins, mode) if any(margins) else a
-        sizes = self.output_size(a)
+        sizes, margins = self.output_size(a), module._reversed_padding_repeated_twice
+        if module.padding_mode != "zeros" and any(margins):
+            a, margins = F.pad(a, margins, module.padding_mode), [0] * len(margins)
         rows = []
         for place in places.tolist():
-            window = padded
+            window, outside = a, list[int]()
             for dim in reversed(range(len(sizes))):
                 place, index = divmod(place, sizes[dim])
-                step, start = module.dilation[dim], index * module.stride[dim]
-                window = window.narrow(dim + 2, start, step * (module.kernel_size[dim] - 1) + 1)
-                window = window[(slice(None),) * (dim + 2) + (slice(None, None, step),)]
-            rows.append(window.flatten(1))
+                start = index * module.stride[dim] - margins[-2 * dim - 2]
+                extent, size = module.dilation[dim] * (module.kernel_size[dim] - 1) + 1, a.shape[dim + 2]
+                first = min(max(start, 0), size)
+                last = min(max(start + extent, first), size)
+                before = min(max(first - start, 0), extent)
+                window = window.narrow(dim + 2, first, last - first)
+                outside += [before, extent - before - (last - first)]
+            if any(outside):  # of a few windows, where padding all of the input would copy it
+                window = F.pad(window, outside)
+            steps = (slice(None), slice(None), *(slice(None, None, step) for step in module.dilation))
+            rows.append(window[steps].flatten(1))
         return torch.stack(rows, 1).flatten(0, 1)
 
     def output_size(self, a: Tensor) -> list[int]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dnr_plugin.linalg import damped_inverse, outer_products
+from dnr_plugin.linalg import add_outer_products, damped_inverse, mirror
 from dnr_plugin.network.kinds import consumer
 
 # Patches of up to this many values are read whole; of wider layers, and transposed ones, channels alone.
@@ -43,16 +43,25 @@ class Moments:
         self.batches = 0
         size = channels * features + 1
         self._inverse: tuple[int, float, Tensor] | None = None
-        self.sums = torch.zeros(2, size, size, dtype=torch.float64, device=device)
+        self._sums = torch.zeros(2, size, size, dtype=torch.float64, device=device)
+        self._mirrored = True
+
+    @property
+    def sums(self) -> Tensor:
+        if not self._mirrored:  # once, however many batches were added
+            for half in self._sums:
+                mirror(half)
+            self._mirrored = True
+        return self._sums
 
     @property
     def channels(self) -> int:
-        return (self.sums.shape[1] - 1) // self.features
+        return (self._sums.shape[1] - 1) // self.features
 
     @property
     def rows(self) -> int:
         """Positions read."""
-        return round(float(self.sums[:, -1, -1].sum()))
+        return round(float(self._sums[:, -1, -1].sum()))
 
     @torch.no_grad()
     def update(self, module: nn.Module, a: Tensor) -> None:
@@ -64,7 +73,8 @@ class Moments:
         """
         x = self._read(module, a.detach())
         x = x.to(torch.promote_types(x.dtype, torch.float32))
-        self.sums[self.batches % 2] += outer_products(x, x)
+        add_outer_products(self._sums[self.batches % 2], x)
+        self._mirrored = False
         self.batches += 1
 
     def _read(self, module: nn.Module, a: Tensor) -> Tensor:
@@ -89,15 +99,16 @@ class Moments:
         """Of both together."""
         both = copy.copy(self)
         both._inverse = None
-        both.sums, both.batches = self.sums + other.sums.to(self.sums.device), self.batches + other.batches
+        both._sums, both.batches = self.sums + other.sums.to(self.sums.device), self.batches + other.batches
         return both
 
     def kept(self, channels: Tensor) -> Moments:
         """Of these channels alone, in this order."""
-        columns = torch.cat([self.columns(channels).flatten(), torch.tensor([self.sums.shape[1] - 1])])
-        kept, columns = copy.copy(self), columns.to(self.sums.device)
+        columns = torch.cat([self.columns(channels).flatten(), torch.tensor([self._sums.shape[1] - 1])])
+        sums, kept = self.sums, copy.copy(self)
+        columns = columns.to(sums.device)
         kept._inverse = None
-        kept.sums = self.sums[:, columns][:, :, columns]
+        kept._sums = sums[:, columns][:, :, columns]
         return kept
 
     def state_dict(self) -> dict[str, Any]:

@@ -72,6 +72,15 @@ def test_patches_are_those_of_unfold(name: str) -> None:
     assert torch.equal(found, unfolded.transpose(1, 2).flatten(0, 1))
 
 
+def test_patches_that_lie_in_the_padding_are_zero() -> None:
+    """Whole ones too, on each side, where the padding is wider than the kernel."""
+    module, a = nn.Conv2d(4, 6, 2, padding=3, dilation=2), torch.randn(2, 4, 3, 4)
+    unfolded = F.unfold(a, module.kernel_size, module.dilation, module.padding, module.stride)
+    found = consumer(module).rows(a, torch.arange(unfolded.shape[2]))
+    assert torch.equal(found, unfolded.transpose(1, 2).flatten(0, 1))
+    assert (found.view(2, -1, 16) == 0).all(2).any()
+
+
 @pytest.mark.parametrize("name", ["reflect", "circular", "replicate", "same", "1d", "3d"])
 def test_patches_are_those_of_a_loop(name: str) -> None:
     """Value by value."""

@@ -124,6 +124,19 @@ def test_a_share_reads_every_so_manieth_sample(share: float, stride: int) -> Non
         assert torch.equal(getattr(activity, name), getattr(observed(a), name)), name
 
 
+def test_large_maps_are_read_at_some_positions() -> None:
+    """For means, rates and histograms; what decides who is dead reads all, and a share of 1 does for everything."""
+    a = torch.randn(8, 3, 56 * 56, generator=torch.Generator().manual_seed(0))
+    a[1, 0, 1] = 100.0
+    activity, whole = observed(a, share=0.125), observed(a, share=1.0)
+    assert 1024 <= activity.values < 2048
+    assert torch.equal(activity.histogram.sum(1), torch.full((3,), activity.values))
+    np.testing.assert_allclose(activity.firing_rate, (a[0] > 0).double().mean(1), atol=0.05)
+    assert whole.values == 8 * 56 * 56
+    for name in ("highest", "lowest", "fired_samples", "silent"):
+        assert torch.equal(getattr(activity, name), getattr(whole, name)), name
+
+
 def test_one_spike_outside_the_share_is_not_dead() -> None:
     a = torch.zeros(16, 2, 4)
     a[3, 1, 2] = 1e-3

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers.activities import read
 from helpers.networks import images, make
 from torch import nn
@@ -89,6 +90,16 @@ def test_the_rows_read_are_a_fair_sample() -> None:
     assert moments.rows < len(x) / 3
     np.testing.assert_allclose(mean, x.mean(0), atol=0.05)
     np.testing.assert_allclose(covariance, np.cov(x.T, bias=True), atol=0.05)
+
+
+def test_wide_moments_are_symmetric_whenever_they_are_read() -> None:
+    """Between batches, too."""
+    module, moments, x = nn.Linear(700, 2), Moments(700, 1), torch.zeros(0, 701)
+    for number, a in enumerate(torch.randn(3, 40, 700, generator=torch.Generator().manual_seed(0))):
+        moments.update(module, a)
+        x = torch.cat([x, F.pad(a, (0, 1), value=1.0)])
+        if number != 1:
+            torch.testing.assert_close(moments.sums.sum(0), x.T.double() @ x.double(), **ROUNDING)
 
 
 def test_two_merged_are_as_one() -> None:
