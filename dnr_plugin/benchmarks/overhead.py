@@ -245,10 +245,11 @@ class _Bench:
         assert importance.observer is not None
         count = 0.0
         for name, activity in importance.observer.activities.items():
-            if activity.moments is not None:
-                inputs = activity.moments.sums.shape[1] - 1
+            blocks = [] if activity.moments is None else activity.moments.blocks
+            for block in blocks:
+                inputs = block.channels * block.features
                 weights = sum(p.numel() for p in importance.observer.modules[name].parameters() if p.dim() > 1)
-                count += 5 / 6 * inputs**3 + weights / 2 * inputs
+                count += 5 / 6 * inputs**3 + weights / len(blocks) / 2 * inputs
         a = torch.randn(1024, 1024, dtype=torch.float64)
         a @ a
         each = min(self.clock(lambda: a @ a) for _ in range(3)) / 1024**3

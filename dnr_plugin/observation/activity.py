@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dnr_plugin.observation.entropy import entropy_bits, octaves, on_off_entropy_bits
-from dnr_plugin.observation.moments import Moments
+from dnr_plugin.observation.moments import BlockMoments, Moments
 
 
 def dormancy(magnitude: Tensor) -> Tensor:
@@ -108,7 +108,7 @@ class Activity:
         if not 2 <= bins <= 64:
             raise ValueError(f"bins: expected 2 to 64, found {bins}")
         self.threshold, self.share, self.bins = threshold, share, bins
-        self.moments: Moments | None = None
+        self.moments: Moments | BlockMoments | None = None
         self.stride = max(1, round(1.0 / share))
         self.samples = 0
         self.values = 0
@@ -178,7 +178,7 @@ class Activity:
             mine, theirs = getattr(self, name), getattr(other, name).to(self.highest.device)
             setattr(self, name, combine[how](mine, theirs))
         if other.moments is not None:
-            self.moments = other.moments if self.moments is None else self.moments.merged(other.moments)
+            self.moments = other.moments if self.moments is None else self.moments.merged(other.moments)  # type: ignore[arg-type]
 
     def all_reduce(self) -> None:
         """Merges over the ranks of the default process group; every rank ends with the same statistics."""
@@ -194,7 +194,8 @@ class Activity:
             value = getattr(self, name)
             dist.all_reduce(value, {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}[how])
         if self.moments is not None:
-            dist.all_reduce(self.moments.sums)
+            for block in self.moments.blocks:
+                dist.all_reduce(block.sums)
 
     def keep(self, channels: Tensor) -> None:
         """Follows a removal: from now on only these channels exist, in this order.

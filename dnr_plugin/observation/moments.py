@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,8 +15,8 @@ from dnr_plugin.network.kinds import consumer
 
 # Patches of up to this many values are read whole; of wider layers, and transposed ones, channels alone.
 MAX_PATCH = 1152
-# Layers that read more than this have no second moments, which would outgrow memory.
-MAX_FEATURES = 4096
+# Of layers that read more than this, moments of all inputs together would outgrow memory; blocks are of so many.
+MAX_FEATURES, BLOCK = 4096, 1024
 # Rows that are read of small and of large batches, and of each sample in between.
 _FEW, _MANY, _PER_SAMPLE = 512, 2048, 16
 _ROUNDING = 1e-6  # of sums of float32 products
@@ -71,13 +72,20 @@ class Moments:
             module: the layer.
             a: its input.
         """
-        x = self._read(module, a.detach())
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        self.add(self.read(module, a))
+
+    def add(self, x: Tensor) -> None:
+        """Adds the rows that were read of a batch, shape [R, C * features]."""
         add_outer_products(self._sums[self.batches % 2], x)
         self._mirrored = False
         self.batches += 1
 
-    def _read(self, module: nn.Module, a: Tensor) -> Tensor:
+    def read(self, module: nn.Module, a: Tensor) -> Tensor:
+        """What counts of the input of the next batch, in float32 or wider, shape [R, in * features]."""
+        x = self._rows(module, a.detach())
+        return x.to(torch.promote_types(x.dtype, torch.float32))
+
+    def _rows(self, module: nn.Module, a: Tensor) -> Tensor:
         generator = torch.Generator().manual_seed(self.batches)
 
         def drawn(samples: int, positions: int) -> tuple[slice, Tensor]:
@@ -94,6 +102,11 @@ class Moments:
         values = kind.by_channel(a)
         which, where = drawn(len(values), values.shape[2])
         return values[which].transpose(1, 2)[:, where.to(a.device)].flatten(0, 1)
+
+    @property
+    def blocks(self) -> list[Moments]:
+        """All inputs are one block."""
+        return [self]
 
     def merged(self, other: Moments) -> Moments:
         """Of both together."""
@@ -152,3 +165,66 @@ class Moments:
         if self._inverse is None or self._inverse[:2] != (self.rows, damping):
             self._inverse = self.rows, damping, damped_inverse(self.mean_and_covariance()[1], damping)
         return self._inverse[2]
+
+
+class BlockMoments:
+    """Second moments of blocks of neighbouring channels, for layers that read too many for one matrix.
+
+    What channels of different blocks have to do with each other is not known, as if they were independent.
+
+    Args:
+        channels: C.
+        device: of the sums.
+
+    Attributes:
+        blocks: in the order of their channels.
+        features: values of a channel: 1.
+    """
+
+    features = 1
+
+    def __init__(self, channels: int, device: torch.device | str = "cpu") -> None:
+        edges = [round(share * channels) for share in torch.linspace(0, 1, -(-channels // BLOCK) + 1).tolist()]
+        self.blocks = [Moments(stop - start, 1, device) for start, stop in itertools.pairwise(edges)]
+
+    def update(self, module: nn.Module, a: Tensor) -> None:
+        """Adds a batch; see `Moments.update`."""
+        parts = torch.split(self.blocks[0].read(module, a), [block.channels for block in self.blocks], 1)
+        for block, x in zip(self.blocks, parts, strict=True):
+            block.add(x)
+
+    def merged(self, other: BlockMoments) -> BlockMoments:
+        """Of both together."""
+        return self._of([mine.merged(theirs) for mine, theirs in zip(self.blocks, other.blocks, strict=True)])
+
+    def kept(self, channels: Tensor) -> BlockMoments:
+        """Of these channels alone, in ascending order."""
+        kept, start = [], 0
+        for block in self.blocks:
+            here = channels[(channels >= start) & (channels < start + block.channels)]
+            kept.append(block.kept(here - start))
+            start += block.channels
+        return self._of([block for block in kept if block.channels] or kept[:1])
+
+    def _of(self, blocks: list[Moments]) -> BlockMoments:
+        other = copy.copy(self)
+        other.blocks = blocks
+        return other
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `Moments.state_dict`."""
+        return {"blocks": [block.state_dict() for block in self.blocks]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from what `state_dict` returned, for as many inputs."""
+        for block, values in zip(self.blocks, state["blocks"], strict=True):
+            block.load_state_dict(values)
+
+
+def moments_of(module: nn.Module, device: torch.device | str) -> Moments | BlockMoments | None:
+    """Empty ones for what a layer reads; None for groups of channels that are too many for memory."""
+    kind = consumer(module)
+    channels, features = kind.channels[0], kind.features(MAX_PATCH)
+    if channels * features <= MAX_FEATURES:
+        return Moments(channels, features, device)
+    return BlockMoments(channels, device) if kind.blocks == 1 else None

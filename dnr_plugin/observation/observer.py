@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from dnr_plugin.network.calling import Pausable, eager, module_names, uncompiled
 from dnr_plugin.network.kinds import consumer, is_consumer
 from dnr_plugin.observation.activity import Activity
-from dnr_plugin.observation.moments import MAX_FEATURES, MAX_PATCH, Moments
+from dnr_plugin.observation.moments import moments_of
 
 
 def _in_backward() -> bool:
@@ -70,7 +70,7 @@ class Observer(Pausable):
     Args:
         model: any network; a DataParallel, DistributedDataParallel or compiled wrapper is seen through.
         threshold, share, bins: see `activity.Activity`.
-        moments: gather second moments as well (`moments.Moments`), of layers that are not too wide.
+        moments: gather second moments as well (`moments.Moments`), of wide layers by blocks (`moments.BlockMoments`).
         training: watch a network that trains: read only in train mode, and ahead of other hooks, such as those that
             zero candidates.
 
@@ -185,12 +185,10 @@ class Observer(Pausable):
         return next(itertools.chain(module.parameters(), self.model.parameters())).device
 
     def _empty(self, module: nn.Module, device: torch.device) -> Activity:
-        kind = consumer(module)
-        channels, _ = kind.channels
+        channels, _ = consumer(module).channels
         activity = Activity(channels, threshold=self.threshold, share=self.share, bins=self.bins, device=device)
-        features = kind.features(MAX_PATCH)
-        if self.moments and channels * features <= MAX_FEATURES:
-            activity.moments = Moments(channels, features, device)
+        if self.moments:
+            activity.moments = moments_of(module, device)
         return activity
 
     def _read(self, name: str, module: nn.Module, a: Tensor) -> None:

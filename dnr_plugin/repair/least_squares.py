@@ -16,7 +16,7 @@ from dnr_plugin.linalg import factor, outer_products
 
 _DAMPINGS = (1e-7, 1e-3, 1e-2, 1e-1, 1.0)  # shares of the inputs' mean variance
 _HARDER = (3.0, 10.0)  # where there are few rows
-_COARSE = 1e-3  # from here on float32 tells dampings apart
+_COARSE = 1e-3  # from here on the damping is far beyond the rounding of float32
 HELD_OUT = 0.25  # share of the images that chooses among them
 _TRIED = 128  # outputs that they are tried with, at most
 _RECTIFIED = 3  # rounds in which outputs below zero are let go
@@ -74,7 +74,7 @@ class Task:
             damping = trial._damping_by(_ByRows(trial, self.x[fitted], y[fitted, some]), (*_DAMPINGS, *_HARDER))
         else:
             first = _Moments.of(self.x[fitted], y[fitted])
-            others = _ByInputs(trial, replace(first, yx=first.yx[some]), coarse=True)
+            others = _ByInputs(trial, replace(first, yx=first.yx[some]))
             damping = trial._damping_by(others, _DAMPINGS)
         if damping is None:
             return self
@@ -82,7 +82,7 @@ class Task:
             # rows that can be matched whatever they hold prove nothing: those held out stay unseen, for later layers
             rows, solver = fitted, _ByRows(self, self.x[fitted], y[fitted])
         else:
-            rows, solver = slice(None), _ByInputs(self, first + _Moments.of(self.x[held], y[held]))
+            rows, solver = slice(None), _ByInputs(self, first.add_(_Moments.of(self.x[held], y[held])))
         weights, constants = solver.solve(damping)
         for _ in range(_RECTIFIED if self.rectified else 0):
             # below zero the outputs need not agree, only stay below
@@ -167,8 +167,11 @@ class _Moments:
     def of(cls, x: Tensor, y: Tensor) -> _Moments:
         return cls(outer_products(x, x), outer_products(y, x)[:-1], len(x))
 
-    def __add__(self, other: _Moments) -> _Moments:
-        return _Moments(self.xx + other.xx, self.yx + other.yx, self.rows + other.rows)
+    def add_(self, other: _Moments) -> _Moments:
+        self.xx.add_(other.xx)
+        self.yx.add_(other.yx)
+        self.rows += other.rows
+        return self
 
 
 class _Solver(ABC):
@@ -192,25 +195,23 @@ class _Solver(ABC):
 
 
 class _ByInputs(_Solver):
-    """By the moments of the inputs.
+    """By the moments of the inputs; in float32, where the damping allows it."""
 
-    Args:
-        coarse: in float32, where the damping allows it: enough to choose among dampings.
-    """
-
-    def __init__(self, task: Task, moments: _Moments, *, coarse: bool = False) -> None:
+    def __init__(self, task: Task, moments: _Moments) -> None:
         super().__init__(task)
-        self.coarse = coarse
         self.moments = moments
         self.mean = moments.xx[:-1, -1] / moments.rows * self.constant
-        self.second = moments.xx[:-1, :-1] / moments.rows - torch.outer(self.mean, self.mean)
+        self.second = (moments.xx[:-1, :-1] / moments.rows).addr_(self.mean, self.mean, alpha=-1)
         self.explained = self.start @ self.second
+
+    @functools.cached_property
+    def coarse(self) -> Tensor:
+        return self.second.float()
 
     def solve(self, damping: float) -> tuple[Tensor, Tensor]:
         moments = self.moments
         if damping not in self.factors:
-            coarse = self.coarse and damping >= _COARSE
-            self.factors[damping] = factor(self.second.float() if coarse else self.second, damping)
+            self.factors[damping] = factor(self.coarse if damping >= _COARSE else self.second, damping)
         goal = moments.yx[:, -1] / moments.rows
         cross = moments.yx[:, :-1] / moments.rows
         if self.constant:

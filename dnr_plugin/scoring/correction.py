@@ -8,6 +8,7 @@ from torch import Tensor
 
 from dnr_plugin.network.batchnorm import constant_absorber
 from dnr_plugin.network.kinds import consumer, has_weights
+from dnr_plugin.observation.moments import Moments
 from dnr_plugin.scoring.brain_surgeon import reproduce
 from dnr_plugin.scoring.evidence import Evidence
 
@@ -28,7 +29,7 @@ def correct(graph: tp.DependencyGraph, e: Evidence) -> str | None:
     module, moments = e.use.module, e.activity.moments
     if not has_weights(module):
         return "it has no weights of its own"
-    if moments is None:
+    if not isinstance(moments, Moments):
         return f"it reads {e.activity.channels} channels, too many for second moments"
     features = moments.features
     absorber = constant_absorber(graph, module)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch_pruning as tp
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from dnr_plugin.network.batchnorm import affine, norm_behind
 from dnr_plugin.network.dependencies import Unscored, Use
 from dnr_plugin.network.kinds import consumer
+from dnr_plugin.observation.moments import Moments
 from dnr_plugin.scoring.brain_surgeon import DAMPING, Reader, damages, inverse_of
 from dnr_plugin.scoring.evidence import Evidence
 
@@ -41,42 +43,93 @@ def _readers(graph: tp.DependencyGraph, e: Evidence) -> list[Reader]:
     features = 1 if moments is None else moments.features
     matrices = consumer(module).matrices(features)
     scale = _scale(graph, module)
-    size = e.activity.channels // len(matrices)
     # several groups of a concatenation share what it takes long to invert
-    shared = moments if len(matrices) == 1 and len(e.use.channels) < e.activity.channels else None
-
-    @functools.cache
-    def covariance() -> Tensor:
-        # too wide for moments: nothing is known of how its inputs go together
-        return e.activity.variance.cpu() if moments is None else moments.mean_and_covariance()[1]
-
-    def inside(part: slice) -> Tensor:
-        return covariance()[(part,) * covariance().dim()]
-
-    by_matrix = []
-    for number, weights in enumerate(matrices):
-        here = (e.use.channels // size) == number
-        if not here.any():
+    shared = moments is not None and len(matrices) == 1 and len(e.use.channels) < e.activity.channels
+    readers = []
+    for number, (weights, parts) in enumerate(zip(matrices, _parts(e, len(matrices)), strict=True)):
+        start = parts[0].first
+        columns = [slice((p.first - start) * features, (p.first - start + p.size) * features) for p in parts]
+        if not any(part.here.any() for part in parts):
             continue
-        start = number * size
-        part = slice(start * features, (start + size) * features)
         if scale is None:
-            own = inside(part)
-            explained = weights @ own if own.dim() == 2 else weights * own
-            spread = (explained * weights).sum(1).mean().clamp_min(1e-30).sqrt()
-            scaled = weights / spread * consumer(module).share ** 0.5
+            variance = torch.zeros(len(weights), dtype=torch.float64)
+            for part, inside in zip(parts, columns, strict=True):
+                own, some = part.covariance(), weights[:, inside]
+                variance += ((some @ own if own.dim() == 2 else some * own) * some).sum(1)
+            scaled = weights / variance.mean().clamp_min(1e-30).sqrt() * consumer(module).share ** 0.5
         else:
             outputs = scale.chunk(len(matrices))[number]
             scaled = weights * outputs.repeat_interleave(len(weights) // len(outputs))[:, None]
-        neurons, counts = torch.unique(e.use.neurons[here], return_counts=True)
-        if len(counts.unique()) > 1:
-            raise Unscored("its neurons have different numbers of channels at one layer")
-        order = e.use.neurons[here].argsort(stable=True)
-        channels = (e.use.channels[here] - start)[order].view(len(neurons), -1)
-        columns = (channels[:, :, None] * features + torch.arange(features)).flatten(1)
-        inverse = inverse_of(inside(part)) if shared is None else shared.inverse(DAMPING)
-        by_matrix.append(Reader(inverse, scaled, neurons, columns))
-    return by_matrix
+        for part, inside in zip(parts, columns, strict=True):
+            by_count = _by_count(e.use.neurons[part.here], e.use.channels[part.here] - part.first)
+            if len(by_count) > 1 and len(parts) == 1:
+                raise Unscored("its neurons have different numbers of channels at one layer")
+            for neurons, channels in by_count:  # the channels of a few lie in two blocks
+                inverse = part.moments.inverse(DAMPING) if shared and part.moments else inverse_of(part.covariance())
+                own = (channels[:, :, None] * features + torch.arange(features)).flatten(1)
+                readers.append(Reader(inverse, scaled[:, inside], neurons, own))
+    return readers
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Channels of a consumer of which it is known how they go together, beside others that count as independent.
+
+    Attributes:
+        first, size: of its channels.
+        here: which pairs of ``Evidence.use`` are of these.
+        covariance: of their inputs, float64, shape [F, F]; or variances, shape [F], where no more is known.
+        moments: theirs alone, or None.
+    """
+
+    first: int
+    size: int
+    here: Tensor
+    covariance: Callable[[], Tensor]
+    moments: Moments | None
+
+
+def _parts(e: Evidence, matrices: int) -> list[list[_Part]]:
+    """Those of each of a consumer's groups."""
+    moments, channels = e.activity.moments, e.use.channels
+
+    def part(first: int, size: int, covariance: Callable[[], Tensor], own: Moments | None) -> _Part:
+        here = (channels >= first) & (channels < first + size)
+        return _Part(first, size, here, functools.cache(covariance), own)
+
+    @functools.cache
+    def whole() -> Tensor:
+        # groups that are too wide for moments: nothing is known of how their inputs go together
+        return _covariance(moments) if isinstance(moments, Moments) else e.activity.variance.cpu()
+
+    if moments is not None and matrices == 1:
+        parts, first = [], 0
+        for block in moments.blocks:
+            parts.append(part(first, block.channels, partial(_covariance, block), block))
+            first += block.channels
+        return [parts]
+    size, features = e.activity.channels // matrices, moments.features if isinstance(moments, Moments) else 1
+
+    def inside(first: int) -> Tensor:
+        own = slice(first * features, (first + size) * features)
+        return whole()[(own,) * whole().dim()]
+
+    return [[part(first, size, partial(inside, first), None)] for first in range(0, matrices * size, size)]
+
+
+def _covariance(moments: Moments) -> Tensor:
+    return moments.mean_and_covariance()[1]
+
+
+def _by_count(neurons: Tensor, channels: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Neurons with as many channels as each other, shape [K], and their channels, shape [K, M], for each M."""
+    order = neurons.argsort(stable=True)
+    names, counts = torch.unique(neurons, return_counts=True)
+    of_neuron = dict(zip(names.tolist(), torch.split(channels[order], counts.tolist()), strict=True))
+    return [
+        (names[counts == count], torch.stack([of_neuron[name] for name in names[counts == count].tolist()]))
+        for count in counts.unique().tolist()
+    ]
 
 
 def _scale(graph: tp.DependencyGraph, module: nn.Module) -> Tensor | None:
@@ -124,7 +177,10 @@ def _digest(graph: tp.DependencyGraph, evidence: Sequence[Evidence], unit: Tenso
     for e in evidence:
         moments, scale = e.activity.moments, _scale(graph, e.use.module)
         parts = [e.use.neurons, e.use.channels, *consumer(e.use.module).matrices(moments.features if moments else 1)]
-        parts += [e.activity.variance] if moments is None else [moments.sums[:, -1], moments.sums.diagonal(0, 1, 2)]
+        if moments is None:
+            parts.append(e.activity.variance)
+        else:
+            parts += [part for own in moments.blocks for part in (own.sums[:, -1], own.sums.diagonal(0, 1, 2))]
         for part in parts if scale is None else [*parts, scale]:
             digest.update(str(part.shape).encode())
             digest.update(part.cpu().contiguous().numpy().data)
