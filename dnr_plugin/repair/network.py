@@ -39,9 +39,8 @@ from dnr_plugin.network.graph import build_graph, group_of
 from dnr_plugin.network.kinds import consumer, has_weights, is_consumer, kind_of
 from dnr_plugin.repair.layer import Affine, Fit, LayerRepair
 from dnr_plugin.repair.pair import fit_pair
-from dnr_plugin.repair.reference import Reference
+from dnr_plugin.repair.reference import MAX_UNKNOWNS, Reference
 
-_MAX_UNKNOWNS = 8192  # weights of one output: beyond, the moments of the inputs outgrow memory
 _FOLDED = "its outputs are not one for each image"
 _SHIFTING = "what it is added to is computed in calls whose number depends on the images"
 _UNLIKE = "what it gives is not what its weights make of its inputs, as where a hook changes either"
@@ -197,7 +196,7 @@ def repair_towards(
     missed = [name for name in reference.targets if left[name] is None and name not in reached]
     if missed:
         raise RunError(_OTHERWISE.format(missed[0]))
-    few = [repair.layer for repair in done.values() if repair.few]
+    few = [row.layer for row in done.values() if row.few and kind_of(modules[row.layer]).unknowns <= MAX_UNKNOWNS]
     if few:
         more = ", ..." if len(few) > 3 else ""
         warnings.warn(
@@ -212,9 +211,6 @@ def _left(module: nn.Module) -> str | None:
     """Why a layer cannot be fitted, or None."""
     if not is_consumer(module):  # in the dense network it is one
         return "it has one channel in each of its groups by now, and mixes none"
-    unknowns = kind_of(module).unknowns
-    if unknowns > _MAX_UNKNOWNS:
-        return f"its outputs read {unknowns} inputs each, more than {_MAX_UNKNOWNS}"
     return kind_of(module).unrepaired
 
 

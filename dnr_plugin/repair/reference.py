@@ -29,6 +29,8 @@ from dnr_plugin.repair.places import CHUNK, Places
 
 # Places of each image, and for each weight of an output, at which layers are compared.
 _PER_IMAGE, _PER_UNKNOWN = 16, 1.5
+MAX_UNKNOWNS = 8192  # weights of one output: beyond, the moments of the inputs outgrow memory,
+_MOST_ROWS = 4096  # so that a layer is fitted by fewer places than it has weights
 _CHECKED = 4  # images with which a layer's own computation is checked
 _UNLIKE, _UNLIKE_16_BITS = 1e-2, 0.1  # of the largest output; far beyond rounding, TensorFloat-32 included
 
@@ -44,7 +46,8 @@ class Reference:
         images: a batch of inputs like those of training, on the device, or many, as a loader gives them
             (`calling.batch_inputs`); read as far as ``memory`` goes.
         rows: places, of all images together, at which a layer's outputs are compared; by default 16 of each image, as
-            far as ``memory`` goes, but at least one and a half times the weights of an output of the pruned layer.
+            far as ``memory`` goes, but at least one and a half times the weights of an output of the pruned layer;
+            4,096 at most where these weights are more than 8,192.
         memory: bytes of the largest output of a layer, and of what is read of one. A pruned model runs on all images
             at once.
         seed: draws the places.
@@ -91,7 +94,8 @@ class Reference:
         """Places of an image at which a layer is compared."""
         count, unknowns = self.count, max(1, kind_of(module).unknowns)
         default = max(min(_PER_IMAGE * count, self.memory // (4 * unknowns)), round(_PER_UNKNOWN * unknowns))
-        return max(1, (self.rows or default) // count)
+        rows = self.rows or default
+        return max(1, (min(rows, _MOST_ROWS) if unknowns > MAX_UNKNOWNS else rows) // count)
 
     def at(self, name: str, module: nn.Module) -> tuple[Places, Tensor]:
         """The places at which a narrower ``module`` is compared with the layer ``name``, and the goals there, [R, out].

@@ -23,8 +23,9 @@ from dnr_plugin.observation import moments
 from dnr_plugin.pruning.plan import plan_removal
 from dnr_plugin.pruning.removal import prune_neurons
 from dnr_plugin.recipe.sections import ModelOptions
+from dnr_plugin.repair import least_squares
 from dnr_plugin.repair import network as repair_module
-from dnr_plugin.repair.layer import LayerRepair
+from dnr_plugin.repair import reference as reference_module
 from dnr_plugin.repair.network import kept_channels, repair_network, repair_towards
 from dnr_plugin.repair.reference import Reference
 from dnr_plugin.scoring import brain_surgeon
@@ -547,14 +548,21 @@ def test_layers_that_run_twice_or_not_at_all_are_named() -> None:
     )
 
 
-def test_layers_that_read_too_much_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(repair_module, "_MAX_UNKNOWNS", 70)
+def test_layers_that_read_very_much_are_fitted_by_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a matrix of their inputs, however many places there are, and without the advice to take more images."""
+    monkeypatch.setattr(reference_module, "MAX_UNKNOWNS", 50)
+    monkeypatch.setattr(repair_module, "MAX_UNKNOWNS", 50)
+    monkeypatch.setattr(reference_module, "_MOST_ROWS", 40)
+    sizes, products = [], least_squares.outer_products
+    monkeypatch.setattr(least_squares, "outer_products", lambda a, b: sizes.append(b.shape[1]) or products(a, b))
     model = make("residual")
-    dense = copy.deepcopy(model)
-    prune_neurons(model, images(1), {"a1": [0]})
-    layers = {row.layer: row for row in repair_network(model, dense, images(1), {"a1": [0]}, [images(64)])}
-    assert layers["b1"] == LayerRepair("b1", left="its outputs read 72 inputs each, more than 70")
-    assert layers["a2"].damping is not None  # 7 channels are left
+    dense, removals = copy.deepcopy(model), {"a1": [0]}
+    prune_neurons(model, images(1), removals)
+    layers = {row.layer: row for row in repair_network(model, dense, images(1), removals, [images(40)])}
+    assert layers["b1"].few
+    assert layers["b1"].error_after <= layers["b1"].error_before
+    assert sizes and max(sizes) <= 50
+    assert not layers["stem"].few
 
 
 def test_kept_channels_by_hand() -> None:
