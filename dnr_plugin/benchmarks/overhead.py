@@ -7,7 +7,7 @@ import gc
 import mmap
 import statistics
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -109,14 +109,19 @@ class Overhead:
         """Plain figures."""
         return asdict(self)
 
+    @property
+    def name(self) -> str:
+        """Of the network, with the width of those that have one."""
+        s = self.setting
+        return f"{s.network}, width {s.width}" if "." not in s.network else s.network
+
     def tables(self) -> list[Table]:
         """Of calibration, and of training steps."""
         s = self.setting
-        name = f"{s.network}, width {s.width}" if "." not in s.network else s.network
         head = ["", "seconds", "times", "memory at the peak"]
         titles = (
-            f"{name}: {s.images} images of {s.side}x{s.side}, times as long as their forward passes",
-            f"{name}: training steps of {s.batch} images, times as long as a plain one (n = {s.rounds})",
+            f"{self.name}: {s.images} images of {s.side}x{s.side}, times as long as their forward passes",
+            f"{self.name}: training steps of {s.batch} images, times as long as a plain one (n = {s.rounds})",
         )
         return [
             Table(title, head, [_row(cost) for cost in costs])
@@ -285,11 +290,22 @@ class _Bench:
 
 
 def measured(
-    networks: list[str], setting: dict[str, Any], device: str, track: Callable[..., Any]
+    networks: Sequence[str],
+    widths: Sequence[int],
+    images: Sequence[int],
+    setting: Mapping[str, Any],
+    device: str,
+    track: Callable[..., Any],
 ) -> Iterator[Overhead]:
-    """`overhead` of several networks, one after another."""
-    for network in track(networks, len(networks), "measuring"):
-        yield overhead(Setting(network=network, **setting), device=device)
+    """`overhead` of several networks, each of every width that it can have, and with every number of images."""
+    settings = [
+        Setting(network=network, width=width, images=count, **setting)
+        for network in networks
+        for width in (widths[:1] if "." in network else widths)
+        for count in images
+    ]
+    for one in track(settings, len(settings), "measuring"):
+        yield overhead(one, device=device)
 
 
 class _Peak:

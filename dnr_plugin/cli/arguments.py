@@ -81,3 +81,8 @@ def recipe_of(arguments: argparse.Namespace) -> Iterator[Recipe]:
         yield recipe
     except InputError as error:
         raise located(error, file, arguments.overrides) from None
+
+
+def several(text: str) -> list[int]:
+    """Whole numbers of at least 1, separated by commas, as argparse wants them."""
+    return [positive(part) for part in text.split(",")]

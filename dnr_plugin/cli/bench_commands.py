@@ -5,7 +5,16 @@ from __future__ import annotations
 import argparse
 import json
 
-from dnr_plugin.cli.arguments import Commands, command, family, positive, recipe_of, takes_device, takes_recipe
+from dnr_plugin.cli.arguments import (
+    Commands,
+    command,
+    family,
+    positive,
+    recipe_of,
+    several,
+    takes_device,
+    takes_recipe,
+)
 from dnr_plugin.cli.output import DONE, show, track
 
 
@@ -16,12 +25,15 @@ def register(commands: Commands) -> None:
     overhead = command(benches, "overhead", _overhead, "what observing, scoring, planning and repair cost")
     overhead.add_argument("networks", metavar="NETWORK", nargs="*", default=["resnet18"],
                           help="as recipes name them, also torchvision.NAME; default: resnet18")  # fmt: skip
-    overhead.add_argument("--width", type=positive, default=64, help="of the package's networks; default: 64")
-    overhead.add_argument("--images", type=positive, default=256, help="to observe and repair with; default: 256")
+    overhead.add_argument("--width", metavar="N,N,...", type=several, default=[64],
+                          help="of the package's networks; default: 64")  # fmt: skip
+    overhead.add_argument("--images", metavar="N,N,...", type=several, default=[256],
+                          help="to observe and repair with; default: 256")  # fmt: skip
     overhead.add_argument("--side", type=positive, help="of the images, in pixels; default: 32, of torchvision's 224")
     overhead.add_argument("--batch", type=positive, help="images of a training step; default: 64, of large images 8")
     overhead.add_argument("--rounds", type=positive, help="timed training steps; default: 15, of large images 3")
     overhead.add_argument("--json", action="store_true", help="print JSON")
+    overhead.add_argument("--output", metavar="DIR", help="folder of a table and a plot of cost against size")
     takes_device(overhead)
 
     criteria = command(benches, "criteria", _criteria, "every criterion of Torch-Pruning against every score")
@@ -56,16 +68,27 @@ def register(commands: Commands) -> None:
 
 
 def _overhead(arguments: argparse.Namespace) -> int:
+    from dnr_plugin.benchmarks.growth import check_output, growth_table, write_growth
     from dnr_plugin.benchmarks.overhead import measured
 
-    setting = {key: getattr(arguments, key) for key in ("width", "images", "side", "batch", "rounds")}
+    folder = check_output(arguments.output) if arguments.output is not None else None
+    setting = {key: getattr(arguments, key) for key in ("side", "batch", "rounds")}
     results = []
-    for result in measured(arguments.networks, setting, arguments.device, track):
-        results.append(result.as_dict())
+    for result in measured(
+        arguments.networks, arguments.width, arguments.images, setting, arguments.device, track
+    ):  # fmt: skip
+        results.append(result)
+        if folder is not None:  # after each, so that nothing is lost
+            write_growth(results, folder)
         if not arguments.json:
             show(*result.tables(), *(f"- {note}" for note in result.notes()))
     if arguments.json:
-        show(json.dumps(results, indent=1))
+        show(json.dumps([result.as_dict() for result in results], indent=1))
+        return DONE
+    if len(results) > 1:
+        show(growth_table(results))
+    if folder is not None:
+        show(f"Written to {arguments.output}: overhead.json, overhead.md, overhead.png")
     return DONE
 
 

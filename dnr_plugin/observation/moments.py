@@ -16,7 +16,7 @@ from dnr_plugin.network.kinds import consumer
 # Patches of up to this many values are read whole; of wider layers, and transposed ones, channels alone.
 MAX_PATCH = 1152
 # Of layers that read more than this, moments of all inputs together would outgrow memory; blocks are of so many.
-MAX_FEATURES, BLOCK = 4096, 1024
+MAX_FEATURES, BLOCK = 3072, 1024
 # Rows that are read of small and of large batches, and of each sample in between.
 _FEW, _MANY, _PER_SAMPLE = 512, 2048, 16
 _ROUNDING = 1e-6  # of sums of float32 products

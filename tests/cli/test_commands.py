@@ -236,7 +236,7 @@ def test_a_plan_tells_what_was_predicted_and_measured(
     assert "Times of layers predict 0." in out
 
 
-def test_overhead_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
+def test_overhead_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The benchmark runs and counts; what it says of speed is no test's business."""
     small = ["--width", "8", "--batch", "4", "--rounds", "1", "--images", "8", "--side", "32", "--device", "cpu"]
     assert main(["bench", "overhead", "torchvision.mobilenet_v3_small", *small, "--json"]) == 0
@@ -249,10 +249,14 @@ def test_overhead_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(cost["seconds"] > 0 for cost in (*result["calibration"], *result["training"]))
     assert result["training"][0]["ratio"] == 1.0
     assert all(figure > 0 for figure in result["products"])
-    assert main(["bench", "overhead", *small]) == 0
+    folder = tmp_path / "growth"
+    assert main(["bench", "overhead", *small, "--output", str(folder)]) == 0
     shown = capsys.readouterr().out
     assert "8 images of 32x32" in shown
     assert "training steps of 4 images" in shown
+    assert sorted(file.name for file in folder.iterdir()) == ["overhead.json", "overhead.md", "overhead.png"]
+    assert main(["bench", "overhead", *small, "--output", str(folder)]) == 2
+    assert "expected a folder without overhead.json" in capsys.readouterr().err
 
 
 def test_overhead_of_an_unknown_network_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
