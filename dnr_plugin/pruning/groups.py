@@ -11,6 +11,7 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from dnr_plugin.errors import InputError, did_you_mean
+from dnr_plugin.network.attention import split_modules
 from dnr_plugin.network.calling import eager, one_sample
 from dnr_plugin.network.dependencies import channel_groups, output_layers, shared_reason
 from dnr_plugin.network.graph import all_groups, build_graph
@@ -133,6 +134,7 @@ class Survey:
                     whole.setdefault(dep.target.module, set()).update(channels)
         attention = (module for module in self.names if isinstance(kind_of(module), Attention))
         parts = {part for module in attention for part in module.modules()}  # its projections, which run without it
+        inside = {part for attention in split_modules(self.model).values() for part in attention.core.modules()}
         reasons = []
         for module, name in self.names.items():
             kind = kind_of(module)
@@ -140,6 +142,8 @@ class Survey:
                 continue
             if isinstance(kind, Recurrent):
                 reasons.append((name, "the hidden units of a recurrent layer are not pruned"))
+            elif module in inside - {*self.graph.module2node}:
+                reasons.append((name, "it makes biases of relative positions, whatever the inputs are"))
             elif module not in self.graph.module2node:
                 reasons.append((name, "it is not called in eval mode, or under no_grad"))
             elif len(whole.get(module, ())) < kind.channels[1]:
