@@ -138,7 +138,7 @@ class AttentionScores(_Headed):
 
 
 class CosineScores(AttentionScores):
-    """Of cosine attention: hands on query and key of each head at length 1. A head without channels gives zeros."""
+    """Of cosine attention: hands on query and key of each head at length 1."""
 
     def forward(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         by_head = (a.reshape(*a.shape[:-1], self.num_heads, -1) for a in (query, key))

@@ -73,8 +73,11 @@ def _joint(module: Any) -> tuple[nn.Linear, nn.Linear, int] | None:
     return None
 
 
-def _of_joint(module: Any, joint: nn.Linear, out: nn.Linear, heads: int) -> SplitAttention:
+def _of_joint(module: Any) -> SplitAttention:
     """Of what has no weights but those of its linear layers, or of the relative positions of torchvision's networks."""
+    layers = _joint(module)
+    assert layers is not None, "asked of attention alone"
+    joint, out, heads = layers
     query, key, value = _linears(joint.weight, joint.bias)
     channels, own = query.out_features, {*joint.parameters(), *out.parameters()}
     scale = (channels // heads) ** -0.5
@@ -126,9 +129,9 @@ def _split(module: nn.Module) -> SplitAttention:
     linears = [m for m in module.modules() if isinstance(m, nn.Linear)]
     if any("weight" not in linear._parameters for linear in linears):
         raise ValueError("a weight of it is computed when it runs")
-    joint = _joint(module)
-    split = _of_joint(module, *joint) if joint is not None else _of_multihead(module)  # type: ignore[arg-type]
-    return split.train(module.training)
+    return (_of_multihead(module) if isinstance(module, nn.MultiheadAttention) else _of_joint(module)).train(
+        module.training
+    )
 
 
 def _is_attention(module: nn.Module) -> bool:
@@ -260,7 +263,6 @@ def _order_channels(model: nn.Module, example: Any, images: Any) -> None:
     sums: dict[AttentionScores, tuple[Tensor, Tensor]] = {}
 
     def add(scores: AttentionScores, query: Tensor, key: Tensor) -> None:
-        """Of what the scores are products of."""
         key = key - key.mean(1, keepdim=True)
         moments = [_moments(scores, a) for a in (query, key)]
         before = sums.get(scores)
