@@ -178,9 +178,13 @@ class AttentionCore(nn.Module):
         scale: of the scores.
         dropout: of the probabilities, in train mode.
         held: see `AttentionHeads`.
+
+    Attributes:
+        whole: what of it has neurons that stay, in words, or None.
     """
 
     scores_of: type[AttentionScores] = AttentionScores
+    whole: str | None = None
 
     def __init__(
         self, channels: int, num_heads: int, scale: float, dropout: float,

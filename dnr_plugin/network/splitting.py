@@ -102,7 +102,7 @@ def _of_joint(module: Any) -> SplitAttention:
         core = CosineWindowCore(
             channels, heads, 1.0, module.attention_dropout,
             {"log_scale": (module.logit_scale, 0), "positions": (module.cpb_mlp[2].weight, 0)},
-            hidden=module.cpb_mlp[:2], offsets=module.relative_coords_table, **_windows(module),
+            hidden=module.cpb_mlp[0], offsets=module.relative_coords_table, **_windows(module),
         )  # fmt: skip
     else:
         raise ValueError("it has other weights than those of its projections and of relative positions")

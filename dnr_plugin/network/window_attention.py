@@ -101,23 +101,25 @@ class CosineWindowCore(WindowCore):
     """Cosine attention within windows, as in torchvision's second Swin transformers.
 
     Its heads have ``log_scale``, shape [heads, 1, 1], and ``positions``, shape [heads, hidden]: what each makes of the
-    hidden layer of the network of positions.
+    hidden layer of the network of positions. That layer is none of its own here: no image reaches it, so that there is
+    nothing to observe.
 
     Args:
-        hidden: what that network is before.
-        offsets: relative positions, as it reads them, shape [..., 2].
+        hidden: the layer that reads relative positions.
+        offsets: these, shape [..., 2].
     """
 
     scores_of = CosineScores
+    whole = "the hidden layer of its network of relative positions, which no image reaches, stays whole"
 
-    def __init__(self, *args: Any, hidden: nn.Module, offsets: Tensor, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, hidden: nn.Linear, offsets: Tensor, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.hidden = hidden
+        self.hidden_weight, self.hidden_bias = hidden.weight, hidden.bias
         self.register_buffer("offsets", offsets, persistent=False)
 
     def table(self) -> Tensor:
-        made = F.linear(self.hidden(self.get_buffer("offsets")), self.heads.get_parameter("positions"))
-        return 16 * made.flatten(0, -2).sigmoid()
+        hidden = F.linear(self.get_buffer("offsets"), self.hidden_weight, self.hidden_bias).relu()
+        return 16 * F.linear(hidden, self.heads.get_parameter("positions")).flatten(0, -2).sigmoid()
 
     def factors(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = super().factors(query, key, value)

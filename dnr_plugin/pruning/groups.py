@@ -134,16 +134,14 @@ class Survey:
                     whole.setdefault(dep.target.module, set()).update(channels)
         attention = (module for module in self.names if isinstance(kind_of(module), Attention))
         parts = {part for module in attention for part in module.modules()}  # its projections, which run without it
-        inside = {part for attention in split_modules(self.model).values() for part in attention.core.modules()}
-        reasons = []
+        cores = {f"{name}.core": attention.core for name, attention in split_modules(self.model).items()}
+        reasons = [(name, core.whole) for name, core in cores.items() if core.whole is not None]
         for module, name in self.names.items():
             kind = kind_of(module)
             if not kind.consumes or module in known or module in parts:
                 continue
             if isinstance(kind, Recurrent):
                 reasons.append((name, "the hidden units of a recurrent layer are not pruned"))
-            elif module in inside - {*self.graph.module2node}:
-                reasons.append((name, "it makes biases of relative positions, whatever the inputs are"))
             elif module not in self.graph.module2node:
                 reasons.append((name, "it is not called in eval mode, or under no_grad"))
             elif len(whole.get(module, ())) < kind.channels[1]:

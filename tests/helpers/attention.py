@@ -13,19 +13,21 @@ from torchvision.models.swin_transformer import PatchMergingV2, SwinTransformer,
 
 
 def windowed(kind: str, depths: Sequence[int] = (1, 1), heads: Sequence[int] = (2, 2), width: int = 16) -> nn.Module:
-    """A network of torchvision's: "swin", "swin_v2", or "maxvit", which takes 32 pixels alone."""
+    """A network of torchvision's: "swin", "swin_v2", or "maxvit", which has one size."""
     if kind == "maxvit":
-        return MaxVit(
+        partitioned: nn.Module = MaxVit(
             input_size=(32, 32), stem_channels=8, partition_size=4, block_channels=[12], block_layers=[1],
             head_dim=6, stochastic_depth_prob=0.0, num_classes=5,
         )  # fmt: skip
+        return partitioned
     second: dict[str, Any] = {}
     if kind == "swin_v2":
         second = {"block": SwinTransformerBlockV2, "downsample_layer": PatchMergingV2}
-    return SwinTransformer(
+    shifted: nn.Module = SwinTransformer(
         patch_size=[4, 4], embed_dim=width, depths=[*depths], num_heads=[*heads], window_size=[4, 4], num_classes=5,
         stochastic_depth_prob=0.0, **second,
     )  # fmt: skip
+    return shifted
 
 
 def spread(model: nn.Module) -> nn.Module:

@@ -17,6 +17,7 @@ from dnr_plugin import (
     load_pruned,
     plan_removal,
     prune_neurons,
+    remove_dead_neurons,
     repair_network,
     save_pruned,
     split_attention,
@@ -123,12 +124,45 @@ def test_a_plan_is_removed_repaired_and_trained(kind: str) -> None:
     assert errors[1] < errors[0]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_useless_is_found(kind: str) -> None:
+    model, importance = split(kind, [IMAGES]), DyingNeuronImportance()
+    name, attention = [*split_modules(model).items()][-1]
+    heads, width = attention.core.heads.num_heads, attention.core.heads.width
+    gone = {f"{name}.value": [*range(width)], f"{name}.query": [width * head + 3 for head in range(heads)]}
+    model = zeroed(model, gone)
+    expected = eval_outputs(model, IMAGES)
+    with importance.observe(model), torch.no_grad():
+        model(IMAGES)
+    removals = plan_removal(model, IMAGES[:1], importance, "dead").removals
+    gone[f"{name}.query"] = sorted({*range(width), *gone[f"{name}.query"]})
+    assert {layer: neurons for layer, neurons in removals.items() if layer in gone} == gone
+    prune_neurons(model, IMAGES[:1], gone)
+    assert output_difference(expected, eval_outputs(model, IMAGES))[1] < 1e-5
+
+
+def test_a_zero_query_alone_is_not_without_effect_in_cosine_attention() -> None:
+    """Its key still adds to the length that the others are divided by."""
+    model = split("swin_v2", [IMAGES])
+    query = split_modules(model)[COSINE].query
+    with torch.no_grad():
+        for parameter in query.parameters():
+            parameter[[3, 19]] = 0.0
+    before = eval_outputs(model, IMAGES)
+    report = remove_dead_neurons(model, IMAGES[:1], [IMAGES], min_samples=8)
+    assert query.out_features == 32
+    assert output_difference(before, eval_outputs(model, IMAGES))[1] < 1e-5
+    reasons = {name: reason for name, count, reason in report.left if count == 2}
+    assert reasons[f"{COSINE}.query"].startswith("removal is not exact: cosine attention divides by the lengths")
+
+
 def test_the_network_of_positions_is_left_and_named() -> None:
     model, importance = split("swin_v2"), DyingNeuronImportance()
     with importance.observe(model), torch.no_grad():
         model(IMAGES)
-    skipped = dict(plan_removal(model, IMAGES[:1], importance, "neuron_sparsity", 0.2).skipped)
-    assert skipped[f"{COSINE}.core.hidden.0"] == "it makes biases of relative positions, whatever the inputs are"
+    skipped = dict(plan_removal(model, IMAGES[:1], importance, "neuron_sparsity", 0.05).skipped)
+    assert "network of relative positions, which no image reaches" in skipped[f"{COSINE}.core"]
+    assert importance.observer is not None and importance.observer.samples == 8  # of every layer that is observed
 
 
 def _seen(model: nn.Module) -> dict[SplitAttention, tuple[Tensor, Tensor]]:
@@ -218,11 +252,11 @@ def test_16_bits(kind: str) -> None:
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
-class _Twisted(ShiftedWindowAttentionV2):
+class _Twisted(ShiftedWindowAttentionV2):  # type: ignore[misc]
     """Whose biases of positions are others than they look like."""
 
     def get_relative_position_bias(self) -> Tensor:
-        return -super().get_relative_position_bias()
+        return -super().get_relative_position_bias()  # type: ignore[no-any-return]
 
 
 class _WithTable(nn.Module):
