@@ -17,7 +17,8 @@ the same to all scores of a query, and softmax does not see that.
 
 In cosine attention scores are products of :math:`\\hat q = q / |q|` and :math:`\\hat k = k / |k|`, of each head. Only
 what turns query and key alike leaves these as they are: there the basis is that of the eigenvectors of
-:math:`E[\\hat q \\hat q^\\top] + C`, with the covariance of :math:`\\hat k`, the largest first.
+:math:`E[\\hat q \\hat q^\\top] + E[\\hat k \\hat k^\\top]`, the largest first. Keys count with their mean, which is
+part of their lengths.
 
 Source: Moore, *Principal component analysis in linear systems*, IEEE TAC 1981, for the basis; that scores are what
 query and key have to be judged by: CORP (arXiv 2602.05243); cosine attention: Swin V2 (arXiv 2111.09883).
@@ -85,7 +86,13 @@ class _Headed(nn.Module):
 
 
 class AttentionScores(_Headed):
-    """Hands query and key on to where scores are made of them; here observing looks on."""
+    """Hands query and key on to where scores are made of them; here observing looks on.
+
+    Attributes:
+        centered: whether the basis leaves out the mean of the keys.
+    """
+
+    centered: bool = True
 
     def forward(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         """What scores are the products of, in the shapes of query and key."""
@@ -96,7 +103,7 @@ class AttentionScores(_Headed):
 
         Args:
             queries: second moments of what each head's scores have of the query, float64, shape [heads, width, width].
-            keys: covariance of what they have of the key, likewise.
+            keys: of what they have of the key, likewise.
 
         Returns:
             What queries and keys of each head are to be multiplied with from the right, in the shapes of the arguments.
@@ -139,6 +146,8 @@ class AttentionScores(_Headed):
 
 class CosineScores(AttentionScores):
     """Of cosine attention: hands on query and key of each head at length 1."""
+
+    centered = False
 
     def forward(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         by_head = (a.reshape(*a.shape[:-1], self.num_heads, -1) for a in (query, key))

@@ -263,7 +263,7 @@ def _order_channels(model: nn.Module, example: Any, images: Any) -> None:
     sums: dict[AttentionScores, tuple[Tensor, Tensor]] = {}
 
     def add(scores: AttentionScores, query: Tensor, key: Tensor) -> None:
-        key = key - key.mean(1, keepdim=True)
+        key = key - key.mean(1, keepdim=True) if scores.centered else key
         moments = [_moments(scores, a) for a in (query, key)]
         before = sums.get(scores)
         sums[scores] = (moments[0], moments[1]) if before is None else (before[0] + moments[0], before[1] + moments[1])
