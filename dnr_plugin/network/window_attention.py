@@ -127,7 +127,7 @@ class CosineWindowCore(WindowCore):
 
 
 class SplitWindows(SplitAttention):
-    """Called with a map [N, H, W, C], as torchvision's ``ShiftedWindowAttention`` and the same of its V2."""
+    """Called with a map [N, H, W, C], as torchvision's ``ShiftedWindowAttention`` and ``ShiftedWindowAttentionV2``."""
 
     core: WindowCore
 
