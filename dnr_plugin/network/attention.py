@@ -15,8 +15,13 @@ with :math:`G = E[q q^\\top] = L L^\\top` and :math:`C` the covariance of the ke
 :math:`L^\\top C L = U S^2 U^\\top` and :math:`T = L^{-\\top} U S^{1/2}`. Keys count without their mean, which adds
 the same to all scores of a query, and softmax does not see that.
 
+In cosine attention scores are products of :math:`\\hat q = q / |q|` and :math:`\\hat k = k / |k|`, of each head. Only
+what turns query and key alike leaves these as they are: there the basis is that of the eigenvectors of
+:math:`E[\\hat q \\hat q^\\top] + E[\\hat k \\hat k^\\top]`, the largest first. Keys count with their mean, which is
+part of their lengths.
+
 Source: Moore, *Principal component analysis in linear systems*, IEEE TAC 1981, for the basis; that scores are what
-query and key have to be judged by: CORP (arXiv 2602.05243).
+query and key have to be judged by: CORP (arXiv 2602.05243); cosine attention: Swin V2 (arXiv 2111.09883).
 """
 
 from __future__ import annotations
@@ -81,10 +86,39 @@ class _Headed(nn.Module):
 
 
 class AttentionScores(_Headed):
-    """Hands query and key on to where scores are made of them; here observing looks on."""
+    """Hands query and key on to where scores are made of them; here observing looks on.
+
+    Attributes:
+        centered: whether the basis leaves out the mean of the keys.
+    """
+
+    centered: bool = True
 
     def forward(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """What scores are the products of, in the shapes of query and key."""
         return query, key
+
+    def basis(self, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """The basis of balanced truncation.
+
+        Args:
+            queries: second moments of what each head's scores have of the query, float64, shape [heads, width, width].
+            keys: of what they have of the key, likewise.
+
+        Returns:
+            What queries and keys of each head are to be multiplied with from the right, in the shapes of the arguments.
+        """
+        identity = torch.eye(queries.shape[1], dtype=queries.dtype, device=queries.device)
+
+        def damped(matrix: Tensor) -> Tensor:
+            mean = matrix.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-30)
+            return matrix + _FLAT * mean[:, None, None] * identity
+
+        lower = torch.linalg.cholesky(damped(queries))
+        squares, basis = torch.linalg.eigh(lower.mT @ damped(keys) @ lower)
+        squares, basis = squares.flip(1).clamp_min(1e-30), basis.flip(2)  # the most important channel first
+        root = squares.pow(0.25)[:, None, :]
+        return torch.linalg.solve_triangular(lower.mT, basis * root, upper=True), lower @ (basis / root)
 
     def products(self, query: Tensor, key: Tensor) -> Tensor:
         """What each channel adds to the scores of some pairs of positions, in units of a score before it is scaled.
@@ -96,6 +130,7 @@ class AttentionScores(_Headed):
         Returns:
             Shape [N, L * 4, channels]: each query with four keys, drawn once for all samples.
         """
+        query, key = self.forward(query, key)  # unseen by hooks
         generator = torch.Generator().manual_seed(0)
         repeated = torch.arange(query.shape[1]) % key.shape[1]
         drawn = [torch.randperm(key.shape[1], generator=generator)[repeated] for _ in range(_DRAWS)]
@@ -109,17 +144,35 @@ class AttentionScores(_Headed):
         return (query * key).sum(-1, keepdim=True)
 
 
+class CosineScores(AttentionScores):
+    """Of cosine attention: hands on query and key of each head at length 1."""
+
+    centered = False
+
+    def forward(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        by_head = (a.reshape(*a.shape[:-1], self.num_heads, -1) for a in (query, key))
+        query, key = (F.normalize(a, dim=-1).flatten(-2) for a in by_head)
+        return query, key
+
+    def basis(self, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """An orthogonal one, the same for both, which keeps lengths."""
+        shared = torch.linalg.eigh(queries + keys)[1].flip(2)
+        return shared, shared
+
+
 class AttentionHeads(_Headed):
-    """Hands on what the heads make of the values.
+    """Hands on what the heads make of the values, and holds what scores have for each head.
 
     Args:
         channels, num_heads: as above.
-        table: biases of scores by relative position, shape [positions, heads], or None.
+        held: names of parameters that go with their heads -> the parameter, and its dimension that numbers heads.
     """
 
-    def __init__(self, channels: int, num_heads: int, table: nn.Parameter | None = None) -> None:
+    def __init__(self, channels: int, num_heads: int, held: Mapping[str, tuple[nn.Parameter, int]]) -> None:
         super().__init__(channels, num_heads)
-        self.table = table
+        self.held_dims = {name: dim for name, (_, dim) in held.items()}
+        for name, (parameter, _) in held.items():
+            self.register_parameter(name, parameter)
 
     def forward(self, mixed: Tensor) -> Tensor:
         return mixed
@@ -133,14 +186,22 @@ class AttentionCore(nn.Module):
         num_heads: heads.
         scale: of the scores.
         dropout: of the probabilities, in train mode.
-        table: see `AttentionHeads`.
+        held: see `AttentionHeads`.
+
+    Attributes:
+        whole: what of it has neurons that stay, in words, or None.
     """
 
+    scores_of: type[AttentionScores] = AttentionScores
+    whole: str | None = None
+
     def __init__(
-        self, channels: int, num_heads: int, scale: float, dropout: float, table: nn.Parameter | None = None
-    ) -> None:
+        self, channels: int, num_heads: int, scale: float, dropout: float,
+        held: Mapping[str, tuple[nn.Parameter, int]] | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.scores, self.heads = AttentionScores(channels, num_heads), AttentionHeads(channels, num_heads, table)
+        self.scores = self.scores_of(channels, num_heads)
+        self.heads = AttentionHeads(channels, num_heads, held or {})
         self.scale, self.dropout = scale, dropout
 
     def forward(
@@ -158,8 +219,7 @@ class AttentionCore(nn.Module):
         Returns:
             Shape [N, L, D], and probabilities, shape [N, heads, L, S], or None.
         """
-        query, key = self.scores(query, key)
-        q, k, v = self.scores.by_head(query), self.scores.by_head(key), self.heads.by_head(value)
+        q, k, v = self.factors(query, key, value)
         dropout = self.dropout if self.training else 0.0
         if mask is not None and mask.dtype != torch.bool:
             mask = mask.to(q.dtype)  # which autocast chooses
@@ -175,6 +235,11 @@ class AttentionCore(nn.Module):
                 q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=self.scale
             )
         return self.heads(mixed.transpose(1, 2).flatten(2)), probabilities
+
+    def factors(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What goes into the products of each head, shape [N, heads, L or S, width]."""
+        query, key = self.scores(query, key)
+        return self.scores.by_head(query), self.scores.by_head(key), self.heads.by_head(value)
 
     def places(self, query: Tensor, *args: Any) -> Sequence[int]:
         """Sizes of the output without samples and channels, for the arguments of `forward`."""
@@ -207,25 +272,13 @@ class SplitAttention(nn.Module):
 
     @torch.no_grad()
     def rotate(self, queries: Tensor, keys: Tensor) -> None:
-        """Puts query and key into the basis of their balanced truncation; outputs stay what they are.
+        """Puts query and key into the basis in which channels go; outputs stay what they are.
 
         Args:
-            queries: second moments of the queries of each head, float64, shape [heads, width, width].
-            keys: covariance of the keys of each head, likewise.
+            queries, keys: see `AttentionScores.basis`.
         """
-        identity = torch.eye(queries.shape[1], dtype=queries.dtype, device=queries.device)
-
-        def damped(matrix: Tensor) -> Tensor:
-            mean = matrix.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-30)
-            return matrix + _FLAT * mean[:, None, None] * identity
-
-        lower = torch.linalg.cholesky(damped(queries))
-        squares, basis = torch.linalg.eigh(lower.mT @ damped(keys) @ lower)
-        squares, basis = squares.flip(1).clamp_min(1e-30), basis.flip(2)  # the most important channel first
-        root = squares.pow(0.25)[:, None, :]
-        forward = torch.linalg.solve_triangular(lower.mT, basis * root, upper=True)
-        backward = lower @ (basis / root)
-        for linear, change in ((self.query, forward), (self.key, backward)):
+        changes = self.core.scores.basis(queries, keys)
+        for linear, change in zip((self.query, self.key), changes, strict=True):
             heads, width, _ = change.shape
             for parameter in linear.parameters(recurse=False):
                 by_head = parameter.double().view(heads, width, -1)
@@ -287,75 +340,6 @@ class SplitTokens(SplitAttention):
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         mixed, _ = self.core(*self.projected(x, x, x), attn_mask, causal=is_causal)
-        return F.dropout(self.out(mixed), self.out_dropout, self.training)
-
-
-class WindowAttentionCore(AttentionCore):
-    """Attention within windows of a map, which may be shifted, as in torchvision's first Swin transformers.
-
-    Args:
-        pairs: relative position of each pair, as a row of the table, shape [L * L], int64.
-        window, shift: sizes, in height and width.
-    """
-
-    def __init__(self, *args: Any, pairs: Tensor, window: Sequence[int], shift: Sequence[int]) -> None:
-        super().__init__(*args)
-        self.window, self.shift = list(window), list(shift)
-        self.register_buffer("pairs", pairs, persistent=False)
-
-    def places(self, query: Tensor, *args: Any) -> Sequence[int]:
-        sizes: Sequence[int] = args[2]
-        return sizes
-
-    def forward(  # type: ignore[override]
-        self, query: Tensor, key: Tensor, value: Tensor, wanted: Sequence[int]
-    ) -> tuple[Tensor, None]:
-        """Of maps [N, H, W, C] with whole windows, of which height and width ``wanted`` are wanted."""
-        sizes = query.shape[1:3]
-        by_side = zip(self.shift, self.window, sizes, strict=True)
-        shift = [0 if window >= size else step for step, window, size in by_side]
-        parts = [self._windows(a.roll((-shift[0], -shift[1]), (1, 2))) for a in (query, key, value)]
-        length, table = self.window[0] * self.window[1], self.heads.table
-        assert table is not None
-        mask = table[self.get_buffer("pairs")].view(length, length, -1).permute(2, 0, 1)[None].to(query.dtype)
-        if any(shift):
-            apart = self._apart(sizes, shift, query)
-            mask = (mask + apart[:, None]).repeat(len(query), 1, 1, 1)
-        mixed, _ = super().forward(parts[0], parts[1], parts[2], mask)
-        rows, columns = (size // window for size, window in zip(sizes, self.window, strict=True))
-        whole = mixed.view(-1, rows, columns, *self.window, mixed.shape[2]).transpose(2, 3).flatten(3, 4).flatten(1, 2)
-        return whole.roll((shift[0], shift[1]), (1, 2))[:, : wanted[0], : wanted[1]].contiguous(), None
-
-    def _windows(self, a: Tensor) -> Tensor:
-        """[N, H, W, C] -> [N * windows, L, C]."""
-        rows, columns = (size // window for size, window in zip(a.shape[1:3], self.window, strict=True))
-        by_row = a.reshape(len(a), rows, self.window[0], columns, self.window[1], -1)
-        return by_row.transpose(2, 3).flatten(0, 2).flatten(1, 2)
-
-    def _apart(self, sizes: Sequence[int], shift: Sequence[int], like: Tensor) -> Tensor:
-        """-100 for pairs that only the shift has brought into one window, shape [windows, L, L]."""
-        regions = like.new_zeros(1, *sizes, 1)
-        for dim, (step, window, size) in enumerate(zip(shift, self.window, sizes, strict=True)):
-            place = torch.arange(size, device=like.device)
-            region = (place >= size - window).int() + (place >= size - step).int() if step else torch.zeros_like(place)
-            regions += region.view(1, -1, 1, 1).to(like) * 3 if dim == 0 else region.view(1, 1, -1, 1).to(like)
-        regions = self._windows(regions)[..., 0]
-        return (regions[:, None] != regions[:, :, None]).to(like) * -100.0
-
-
-class SplitWindows(SplitAttention):
-    """Called with a map [N, H, W, C], as torchvision's ``ShiftedWindowAttention``."""
-
-    core: WindowAttentionCore
-
-    def __init__(self, *args: Any, out_dropout: float) -> None:
-        super().__init__(*args)
-        self.out_dropout = out_dropout
-
-    def forward(self, x: Tensor) -> Tensor:
-        (height, width), window = x.shape[1:3], self.core.window
-        padded = F.pad(x, (0, 0, 0, -width % window[1], 0, -height % window[0]))
-        mixed, _ = self.core(*self.projected(padded, padded, padded), (height, width))
         return F.dropout(self.out(mixed), self.out_dropout, self.training)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch_pruning import ops
 
 from dnr_plugin.errors import InputError
+from dnr_plugin.network.attention import CosineScores
 from dnr_plugin.network.calling import call, in_eval, tensors
 from dnr_plugin.network.kinds import is_consumer, kind_of
 from dnr_plugin.network.units import joined, ties
@@ -145,6 +146,13 @@ def parts(group: tp.dependency.Group, unit: Tensor) -> Tensor:
 
 def inexact_reason(group: tp.dependency.Group) -> str | None:
     """Why removing a neuron that is zero at every consumer may still change the outputs, or None."""
+    if any(isinstance(dep.target.module, CosineScores) for dep, _ in group):
+        return "cosine attention divides by the lengths of query and key, of which one may be zero alone"
+    return mixing_reason(group)
+
+
+def mixing_reason(group: tp.dependency.Group) -> str | None:
+    """Why removing a neuron may be another thing than setting it to zero at the inputs of all consumers, or None."""
     for dep, _ in group:
         module, kind = dep.target.module, dep.target.type
         if kind in _MIXING_TYPES and not kind_of(module).separate:

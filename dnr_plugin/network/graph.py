@@ -16,7 +16,7 @@ from torch import nn
 from torch_pruning import ops
 
 from dnr_plugin.errors import InputError, first_line
-from dnr_plugin.network.attention import AttentionHeads, AttentionScores, split_modules
+from dnr_plugin.network.attention import AttentionHeads, AttentionScores, CosineScores, split_modules
 from dnr_plugin.network.calling import call, kept_modes
 from dnr_plugin.network.kinds import kind_of
 from dnr_plugin.network.looking import OutOfTime, at_most, prepared
@@ -90,12 +90,12 @@ class _AttentionScores(_Counted):
 
 
 class _AttentionHeads(_AttentionScores):
-    """How heads are counted, with their biases."""
+    """How heads are counted, with what belongs to each."""
 
     def prune_out_channels(self, layer: nn.Module, idxs: Sequence[int]) -> nn.Module:
         kept = [head for head, left in enumerate(layer.remaining(idxs)) if left]  # type: ignore[operator]
-        if layer.table is not None:
-            layer.table = self._prune_parameter_and_grad(layer.table, kept, 1)
+        for name, dim in layer.held_dims.items():  # type: ignore[operator, union-attr]
+            setattr(layer, name, self._prune_parameter_and_grad(getattr(layer, name), kept, dim))
         layer.remove(idxs)  # type: ignore[operator]
         return layer
 
@@ -260,7 +260,8 @@ def build_graph(model: nn.Module, example_inputs: Any, **kwargs: Any) -> tp.Depe
     hooks = {module: set(module._forward_hooks) for module in model.modules()}
     forward = kwargs.pop("forward_fn", call)  # Torch-Pruning would unpack a batch of one into an image without a batch
     pruners: dict[Any, Any] = {nn.RNN: _RecurrentInputs(), nn.GRU: _RecurrentInputs(), nn.LSTM: _RecurrentInputs()}
-    pruners |= {AttentionScores: _AttentionScores(), AttentionHeads: _AttentionHeads()}
+    scores = _AttentionScores()  # Torch-Pruning does not look for base classes
+    pruners |= {AttentionScores: scores, CosineScores: scores, AttentionHeads: _AttentionHeads()}
     kwargs["customized_pruners"] = {**pruners, **(kwargs.get("customized_pruners") or {})}
     for parameter in frozen:
         parameter.requires_grad_(True)

@@ -17,8 +17,6 @@ from dnr_plugin.network.attention import (
     SplitAttention,
     SplitMultihead,
     SplitTokens,
-    SplitWindows,
-    WindowAttentionCore,
     split_modules,
 )
 from dnr_plugin.network.calling import (
@@ -30,7 +28,16 @@ from dnr_plugin.network.calling import (
     output_difference,
     tensors,
 )
+from dnr_plugin.network.window_attention import (
+    CosineWindowCore,
+    RelativeCore,
+    SplitPartitions,
+    SplitWindows,
+    WindowCore,
+)
 
+# What a linear layer for query, key and value, the one behind the heads, and the number of heads are called.
+_NAMES = (("qkv", "proj", "num_heads"), ("to_qkv", "merge", "n_heads"))
 _TOLERANCE, _TOLERANCE_16_BITS = 1e-4, 0.05  # of an attention's largest output
 
 
@@ -57,24 +64,53 @@ def _of_multihead(module: nn.MultiheadAttention) -> SplitAttention:
     )
 
 
+def _joint(module: Any) -> tuple[nn.Linear, nn.Linear, int] | None:
+    """The linear layers and the heads of attention with a joint projection, or None of anything else."""
+    for names in _NAMES:
+        joint, out, heads = (getattr(module, name, None) for name in names)
+        if isinstance(joint, nn.Linear) and isinstance(out, nn.Linear) and isinstance(heads, int):
+            return joint, out, heads
+    return None
+
+
 def _of_joint(module: Any) -> SplitAttention:
-    """Of what has a linear layer ``qkv`` and one that is called ``proj``, and no other weights."""
-    heads, linears = module.num_heads, _linears(module.qkv.weight, module.qkv.bias)
-    kept, channels = {*module.qkv.parameters(), *module.proj.parameters()}, linears[0].out_features
-    scale = float(getattr(module, "scale", (channels // heads) ** -0.5))
-    if not hasattr(module, "relative_position_bias_table"):
-        if {*module.parameters()} - kept:
-            raise ValueError("it has other weights than those of qkv and proj")
-        core = AttentionCore(channels, heads, scale, _rate(module, "attn_drop"))
-        return SplitTokens(*linears, module.proj, core, out_dropout=_rate(module, "proj_drop"))
-    table = module.relative_position_bias_table
-    if {*module.parameters()} - kept - {table} or not hasattr(module, "attention_dropout"):
-        raise ValueError("it has other weights than those of qkv, proj and relative positions")
-    core = WindowAttentionCore(
-        channels, heads, scale, module.attention_dropout, table,
-        pairs=module.relative_position_index, window=module.window_size, shift=module.shift_size,
-    )  # fmt: skip
-    return SplitWindows(*linears, module.proj, core, out_dropout=module.dropout)
+    """Of what has no weights but those of its linear layers, or of the relative positions of torchvision's networks."""
+    layers = _joint(module)
+    assert layers is not None, "asked of attention alone"
+    joint, out, heads = layers
+    query, key, value = _linears(joint.weight, joint.bias)
+    channels, own = query.out_features, {*joint.parameters(), *out.parameters()}
+    scale = (channels // heads) ** -0.5
+    others = {name for name, parameter in module.named_parameters() if parameter not in own}
+    if not others:
+        core = AttentionCore(channels, heads, float(getattr(module, "scale", scale)), _rate(module, "attn_drop"))
+        return SplitTokens(query, key, value, out, core, out_dropout=_rate(module, "proj_drop"))
+    if others == {"relative_position_bias_table"} and hasattr(module, "scale_factor"):  # MaxViT
+        core = RelativeCore(
+            channels, heads, module.scale_factor, 0.0, {"table": (module.relative_position_bias_table, 1)},
+            pairs=module.relative_position_index,
+        )  # fmt: skip
+        return SplitPartitions(query, key, value, out, core)
+    windowed = hasattr(module, "shift_size") and hasattr(module, "attention_dropout")
+    if others == {"relative_position_bias_table"} and windowed:
+        core = WindowCore(
+            channels, heads, scale, module.attention_dropout, {"table": (module.relative_position_bias_table, 1)},
+            **_windows(module),
+        )  # fmt: skip
+    elif others == {"logit_scale", "cpb_mlp.0.weight", "cpb_mlp.0.bias", "cpb_mlp.2.weight"} and windowed:  # Swin V2
+        key.register_parameter("bias", None)  # which counts as zero whatever it is, and does not train
+        core = CosineWindowCore(
+            channels, heads, 1.0, module.attention_dropout,
+            {"log_scale": (module.logit_scale, 0), "positions": (module.cpb_mlp[2].weight, 0)},
+            hidden=module.cpb_mlp[0], offsets=module.relative_coords_table, **_windows(module),
+        )  # fmt: skip
+    else:
+        raise ValueError("it has other weights than those of its projections and of relative positions")
+    return SplitWindows(query, key, value, out, core, out_dropout=module.dropout)
+
+
+def _windows(module: Any) -> dict[str, Any]:
+    return {"pairs": module.relative_position_index, "window": module.window_size, "shift": module.shift_size}
 
 
 def _rate(module: nn.Module, name: str) -> float:
@@ -99,10 +135,7 @@ def _split(module: nn.Module) -> SplitAttention:
 
 
 def _is_attention(module: nn.Module) -> bool:
-    if isinstance(module, nn.MultiheadAttention):
-        return True
-    layers = [getattr(module, name, None) for name in ("qkv", "proj")]
-    return all(isinstance(layer, nn.Linear) for layer in layers) and isinstance(getattr(module, "num_heads", None), int)
+    return isinstance(module, nn.MultiheadAttention) or _joint(module) is not None
 
 
 def split_attention(model: nn.Module, example_inputs: Any, images: Any = None) -> dict[str, str]:
@@ -110,7 +143,8 @@ def split_attention(model: nn.Module, example_inputs: Any, images: Any = None) -
 
     Outputs stay what they are, which is checked for every attention; what gives others stays as it was. Parameters are
     new ones: to be called before an optimizer is made of them. Handled are ``nn.MultiheadAttention``, modules with
-    linear layers ``qkv`` and ``proj`` (timm, DeiT and others) and the shifted windows of torchvision's Swin.
+    linear layers ``qkv`` and ``proj`` (timm, DeiT and others), torchvision's Swin, with the cosine attention of its
+    second version, and its MaxViT.
 
     Args:
         model: changed in place.
@@ -229,20 +263,21 @@ def _order_channels(model: nn.Module, example: Any, images: Any) -> None:
     sums: dict[AttentionScores, tuple[Tensor, Tensor]] = {}
 
     def add(scores: AttentionScores, query: Tensor, key: Tensor) -> None:
-        key = key - key.mean(1, keepdim=True)
+        key = key - key.mean(1, keepdim=True) if scores.centered else key
         moments = [_moments(scores, a) for a in (query, key)]
         before = sums.get(scores)
         sums[scores] = (moments[0], moments[1]) if before is None else (before[0] + moments[0], before[1] + moments[1])
 
     if images is None:
         for attention in splits.values():
-            weights = [linear.weight.T[None] for linear in (attention.query, attention.key)]
-            sums[attention.core.scores] = tuple(_moments(attention.core.scores, a) for a in weights)  # type: ignore[assignment]
+            scores = attention.core.scores
+            query, key = scores(attention.query.weight.T[None], attention.key.weight.T[None])
+            sums[scores] = _moments(scores, query), _moments(scores, key)
     else:
         with contextlib.ExitStack() as hooks, kept_modes(model):
             model.eval()
             for attention in splits.values():
-                handle = attention.core.scores.register_forward_pre_hook(lambda module, args: add(module, *args))
+                handle = attention.core.scores.register_forward_hook(lambda module, _, output: add(module, *output))
                 hooks.callback(handle.remove)
             for batch in [images] if isinstance(images, Tensor | dict) else images:
                 call(model, batch_inputs(batch, example))

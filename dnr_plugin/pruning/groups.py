@@ -11,6 +11,7 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from dnr_plugin.errors import InputError, did_you_mean
+from dnr_plugin.network.attention import split_modules
 from dnr_plugin.network.calling import eager, one_sample
 from dnr_plugin.network.dependencies import channel_groups, output_layers, shared_reason
 from dnr_plugin.network.graph import all_groups, build_graph
@@ -133,7 +134,8 @@ class Survey:
                     whole.setdefault(dep.target.module, set()).update(channels)
         attention = (module for module in self.names if isinstance(kind_of(module), Attention))
         parts = {part for module in attention for part in module.modules()}  # its projections, which run without it
-        reasons = []
+        cores = {f"{name}.core": attention.core for name, attention in split_modules(self.model).items()}
+        reasons = [(name, core.whole) for name, core in cores.items() if core.whole is not None]
         for module, name in self.names.items():
             kind = kind_of(module)
             if not kind.consumes or module in known or module in parts:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from dnr_plugin.errors import first_line
 from dnr_plugin.network.attention import completed, split_modules
 from dnr_plugin.network.calling import copied, eval_outputs, mapped, output_difference, without_hooks
-from dnr_plugin.network.dependencies import channels_carrying, inexact_reason, uses
+from dnr_plugin.network.dependencies import channels_carrying, mixing_reason, uses
 from dnr_plugin.network.graph import build_graph, group_of
 from dnr_plugin.network.kinds import consumer, is_consumer
 from dnr_plugin.network.looking import transparent_norms
@@ -80,7 +80,7 @@ def _at_fault(
             for layer in layers if marked is None else marks.carried(marked):
                 reasons.setdefault(layer.name, f"{name} reads it, which runs in train mode alone")
     sound = [layer for layer in layers if layer.name not in reasons]
-    exact = [layer for layer in sound if layer.name not in mixed and inexact_reason(layer.group) is None]
+    exact = [layer for layer in sound if layer.name not in mixed and mixing_reason(layer.group) is None]
     loose = [layer for layer in sound if layer not in exact]
     trial = _Trial(model, example_inputs, names)
     for some, check in ((exact, trial.same), (loose, trial.runs)):

@@ -10,11 +10,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
+from helpers.attention import spread, zeroed
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import VisionTransformer
-from torchvision.models.swin_transformer import SwinTransformer
 
 from dnr_plugin import (
     DyingNeuronImportance,
@@ -74,27 +74,8 @@ class Encoder(nn.Module):
         return self.encoder(x, **masks)  # type: ignore[no-any-return]
 
 
-def spread(model: nn.Module) -> nn.Module:
-    """Weights with which scores differ, and biases that matter."""
-    generator = torch.Generator().manual_seed(1)
-    for name, parameter in model.named_parameters():
-        if parameter.dim() > 1:
-            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
-        elif "bias" in name:
-            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    return model.eval()
-
-
 def vit() -> nn.Module:
     return spread(VisionTransformer(**VIT["kwargs"]))  # type: ignore[arg-type]
-
-
-def swin() -> nn.Module:
-    return spread(
-        SwinTransformer(
-            patch_size=[4, 4], embed_dim=12, depths=[2, 2], num_heads=[3, 6], window_size=[4, 4], num_classes=5
-        )
-    )
 
 
 IMAGES = torch.randn(16, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -105,7 +86,6 @@ TOKENS = torch.randn(3, 9, 8, generator=torch.Generator().manual_seed(0))
     ("make", "example"),
     [
         (vit, IMAGES[:2]),
-        (swin, torch.randn(2, 3, 40, 56)),  # windows that are padded, shifted in one direction and in both
         (lambda: net(Tokens()), TOKENS),
         (lambda: Encoder(), torch.randn(2, 7, 16)),
         (lambda: Encoder(batch_first=False), torch.randn(7, 2, 16)),
@@ -175,19 +155,6 @@ def test_the_basis_makes_channels_of_a_head_independent_and_puts_the_most_import
             assert float(off.abs().max() / diagonal.max()) < 1e-3
 
 
-def _zeroed(model: nn.Module, removals: dict[str, list[int]]) -> nn.Module:
-    """With the outputs of layers at zero; of query in the key as well."""
-    zeroed = copy.deepcopy(model)
-    for name, channels in removals.items():
-        for own in (name, name.replace(".query", ".key")):
-            layer = zeroed.get_submodule(own)
-            assert isinstance(layer, nn.Linear)
-            with torch.no_grad():
-                layer.weight[channels] = 0.0
-                layer.bias[channels] = 0.0
-    return zeroed
-
-
 ATTENTION = "encoder.layers.encoder_layer_1.self_attention"
 
 
@@ -202,7 +169,7 @@ ATTENTION = "encoder.layers.encoder_layer_1.self_attention"
 def test_heads_and_channels_go_as_if_they_were_zero(removals: dict[str, list[int]], tmp_path: Any) -> None:
     model = vit()
     split_attention(model, IMAGES[:1], [IMAGES])
-    expected = eval_outputs(_zeroed(model, removals), IMAGES)
+    expected = eval_outputs(zeroed(model, removals), IMAGES)
     before = sum(p.numel() for p in model.parameters())
     prune_neurons(model, IMAGES[:1], removals)
     assert output_difference(expected, eval_outputs(model, IMAGES))[1] < 1e-5
@@ -211,19 +178,6 @@ def test_heads_and_channels_go_as_if_they_were_zero(removals: dict[str, list[int
     assert attention.core.scores.num_heads == attention.core.heads.num_heads
     save_pruned(model, tmp_path, VIT)
     assert torch.equal(load_pruned(tmp_path, allow_import=True)(IMAGES), model(IMAGES))
-
-
-def test_windows_lose_heads_with_their_biases() -> None:
-    model, x = swin(), torch.randn(2, 3, 40, 56)
-    split_attention(model, x)
-    name = "features.3.1.attn"
-    removals = {f"{name}.value": [*range(4, 8)]}
-    expected = eval_outputs(_zeroed(model, removals), x)
-    prune_neurons(model, x[:1], removals)
-    heads = split_modules(model)[name].core.heads
-    assert heads.num_heads == 5
-    assert heads.table is not None and heads.table.shape[1] == 5
-    assert output_difference(expected, eval_outputs(model, x))[1] < 1e-5
 
 
 def test_what_leaves_heads_of_different_widths_is_refused_and_undone() -> None:
@@ -292,7 +246,7 @@ def test_attention_across_two_inputs_is_split_and_pruned() -> None:
     model, inputs = spread(Cross()), (torch.randn(2, 5, 8), torch.randn(2, 7, 8))
     assert split_attention(model, inputs) == {}
     removals = {"attention.value": [*range(4)], "attention.query": [3, 7, 11, 15]}
-    expected = eval_outputs(_zeroed(model, removals), inputs)
+    expected = eval_outputs(zeroed(model, removals), inputs)
     prune_neurons(model, inputs, removals)
     assert output_difference(expected, eval_outputs(model, inputs))[1] < 1e-5
 
