@@ -33,34 +33,48 @@ _CONVOLUTIONS = ("Conv1d", "Conv2d", "Conv3d")
 _NORMS = ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "InstanceNorm2d", "GroupNorm", "LayerNorm")
 
 
-def layer_shapes(model: nn.Module, inputs: Any) -> dict[str, Counter[LayerShape]]:
+def layer_shapes(model: nn.Module, inputs: Any, runtime: str = "eager") -> dict[str, Counter[LayerShape]]:
     """The layers of a network that a table has times of, with the shapes that they are called with and how often.
 
     Args:
         model: stays as it is.
         inputs: one batch.
+        runtime: of `runtimes.RUNTIMES`, which runs the layers. In ONNX Runtime, which folds a BatchNorm right behind a
+            convolution into it, such a one has no shape.
     """
     noted: dict[str, Counter[LayerShape]] = {}
     names = {module: name for name, module in model.named_modules()}
+    convolved: tuple[Any, int] = None, 0  # what the last convolution gave, and its version
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = input_of(args, kwargs)
-        shape = _shape_of(module, given) if given is not None else None
-        if shape is not None:
-            noted.setdefault(names[module], Counter())[shape] += 1
+        shape = _shape_of(module, given, runtime) if given is not None else None
+        if shape is None:
+            return
+        called = noted.setdefault(names[module], Counter())
+        folded = given is convolved[0] and given is not None and given._version == convolved[1]
+        if not (runtime == "onnxruntime" and folded and shape.type.startswith("BatchNorm")):
+            called[shape] += 1
+
+    def note_output(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+        nonlocal convolved
+        convolved = out, out._version
 
     handles = [module.register_forward_pre_hook(note, with_kwargs=True) for module in names]
+    handles += [m.register_forward_hook(note_output) for m in names if type(m).__name__ in _CONVOLUTIONS]
     with in_eval(model, handles), uncompiled(), torch.no_grad():
         call(model, inputs)
     return noted
 
 
-def _shape_of(module: nn.Module, given: Tensor) -> LayerShape | None:
+def _shape_of(module: nn.Module, given: Tensor, runtime: str) -> LayerShape | None:
     kind, name = kind_of(module), type(module).__name__
     if type(module) is not getattr(nn, name, None) or not kind.channels[1]:
         return None
     dtype, last = str(given.dtype).removeprefix("torch."), given.dim() - 1
     held: Any = module
+    if runtime == "onnxruntime" and (dtype != "float32" or getattr(held, "padding_mode", "zeros") != "zeros"):
+        return None  # what `onnx_runtime.layer_graph` does not make
     options: dict[str, Any]
     if name in _CONVOLUTIONS and given.dim() == len(held.kernel_size) + 2:
         options = {key: getattr(held, key) for key in ("kernel_size", "stride", "padding", "dilation")}
@@ -79,8 +93,8 @@ def _shape_of(module: nn.Module, given: Tensor) -> LayerShape | None:
         return None
     sizes = tuple(size for dim, size in enumerate(given.shape) if dim != at)
     images = given.dim() == 4 and not given.is_contiguous()
-    channels_last = images and given.is_contiguous(memory_format=torch.channels_last)
-    return LayerShape(name, tuple(options.items()), kind.channels, sizes, dtype, channels_last)
+    channels_last = images and given.is_contiguous(memory_format=torch.channels_last) and runtime != "onnxruntime"
+    return LayerShape(name, tuple(options.items()), kind.channels, sizes, dtype, channels_last, runtime)
 
 
 class _Curve:
@@ -205,15 +219,16 @@ class LatencyModel:
         report: FlopReport,
         table: LatencyTable,
         *,
+        runtime: str = "eager",
         stairs_only: bool = False,
     ) -> None:
         shrinking = {side for layer in layers for part in layer.parts for side in part.effect}
         curves: dict[tuple[LayerShape, tuple[bool, bool]], _Curve] = {}
         self._layers: dict[str, _Timed] = {}
-        for name, shapes in layer_shapes(model, inputs).items():
+        for name, shapes in layer_shapes(model, inputs, runtime).items():
             sides = ((name, "in") in shrinking, (name, "out") in shrinking)
             used = [(curves.setdefault((s, sides), _Curve(s, sides, table)), times) for s, times in shapes.items()]
-            self._layers[name] = _Timed(used, next(iter(shapes)).channels)
+            self._layers[name] = _Timed(used, next(iter(shapes)).channels if shapes else (0, 0))
         known = list(curves.values())
         table.require(shape for curve in known for shape in (curve.shape, *curve.probes()))
         self.multiple = self._multiple()

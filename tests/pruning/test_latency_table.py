@@ -133,9 +133,10 @@ def test_layers_run_in_the_shapes_of_a_network() -> None:
 
 
 def test_memory_bounds_what_is_timed_together() -> None:
-    parts = latency_table._parts([2**29, 2**29, 1, 2**31, 3])
+    parts = latency_table._parts([2**29, 2**29, 1, 2**31, 3], 5)
     assert list(parts) == [[0, 1], [2], [3], [4]]
-    assert list(latency_table._parts([])) == []
+    assert list(latency_table._parts([1] * 5, 2)) == [[0, 1], [2, 3], [4]]
+    assert list(latency_table._parts([], 5)) == []
 
 
 def test_channels_last_is_a_shape_of_its_own() -> None:
