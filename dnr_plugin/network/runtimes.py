@@ -114,7 +114,10 @@ class Compiled(Runtime):
         except RunError:
             raise
         except Exception as error:  # whatever a compiler makes of the user's network
-            raise RunError(f"torch.compile cannot compile this model: {first_line(error)}") from error
+            cause: Exception = error
+            while isinstance(inner := getattr(cause, "inner_exception", None), Exception):
+                cause = inner  # torch's own first line does not say what failed
+            raise RunError(f"torch.compile cannot compile this model: {first_line(cause)}") from error
 
     def layer(self, layer: nn.Module, sizes: tuple[int, ...]) -> nn.Module:
         raise NotImplementedError("layers are not compiled alone: see `Compiled.layers`")

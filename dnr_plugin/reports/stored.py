@@ -93,6 +93,7 @@ class _Skipped(_Stored):
 
 
 class _Latency(_Stored):
+    runtime: str = "eager"  # reports of earlier versions have no other
     batch: _Positive
     dense_ms: _Amount
     pruned_ms: _Amount
@@ -151,6 +152,7 @@ class _Report(_Stored):
     unsupported_ops: dict[str, _Count]
     latency: _Latency | None = None
     latencies: list[_Latency] = []
+    unmeasured: dict[str, str] = {}
     round_to: _Positive | None = None
     repair: _Repair | None = None
     dynamics: _Dynamics | None = None

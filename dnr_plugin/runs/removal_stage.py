@@ -114,13 +114,15 @@ def plan_towards(run: RunState, importance: DyingNeuronImportance, target: Targe
         RunError: it needs times of layers, and the machine is too noisy to tell.
     """
     options = run.recipe.prune
-    inputs = timed_images(run) if target.timed or run.limits.round_to == "auto" else run.example
+    timed = target.timed or run.limits.round_to == "auto"
+    inputs = timed_images(run) if timed else run.example
     if target.timed and run.dense.model is None:
         run.dense = baseline(run.model, run.example, keep_model=True, verify=run.limits.verify)
     for _ in run.track([None], 1, "planning the removal"):
         plan = plan_removal(
             run.model, inputs, importance, target.kind, target.value,
             scope=options.ranking, limits=run.limits, dense=run.dense,
+            runtime=options.runtime if timed else "eager",
         )  # fmt: skip
     return plan
 

@@ -250,3 +250,16 @@ def test_latency_is_told_as_predicted_and_measured() -> None:
     assert any(fact.startswith("Any number of channels") for fact in facts(timed | {"round_to": 1}))
     given = timed | {"recipe": {"name": "a", "prune": {"round_to": 16, "scope": "latency_aware"}}}
     assert not any(fact.startswith("Multiples") for fact in facts(given))
+
+
+def test_latency_is_told_by_runtime() -> None:
+    report = report_of({"name": "a"}, [], kept=0.5)
+    one = {"batch": 1, "dense_ms": 4.0, "pruned_ms": 2.0, "ratio": 0.5, "spread": 0.02}
+    slow = {**one, "runtime": "compiled", "batch": 32, "ratio": 0.9}
+    timed = report | {
+        "latencies": [{**one, "runtime": "eager"}, slow], "unmeasured": {"onnxruntime": "ONNX is not of that opinion"},
+    }  # fmt: skip
+    names = [row[0] for row in summary_rows(timed) if row[0].startswith("latency")]
+    assert names == ["latency, batch 1", "latency, batch 32, compiled"]
+    assert "Latency in onnxruntime was not measured: ONNX is not of that opinion." in facts(timed)
+    assert any("time to no less than 90.00 % at batch 32 in compiled: " in fact for fact in facts(timed))
