@@ -160,7 +160,7 @@ class _Curve:
 
     def seconds(self, inputs: float, outputs: float) -> float:
         """At any widths up to those that it has now."""
-        pair = (self._rounded(inputs, 0), self._rounded(outputs, 1))
+        pair = (self.rounded(inputs, 0), self.rounded(outputs, 1))
         if pair not in self._known:
             (low, high, share), (first, last, part) = (
                 _between(grid, width) for grid, width in zip(self.grids, pair, strict=True)
@@ -172,11 +172,30 @@ class _Curve:
             self._known[pair] = (1 - part) * corners[0] + part * corners[1]
         return self._known[pair]
 
-    def _rounded(self, width: float, side: int) -> int:
+    def rounded(self, width: float, side: int) -> int:
+        """The width that takes as long: of the inputs, side 0, or of the outputs."""
         full = self.shape.channels[side]
         if not self.sides[side]:
             return full
         return min(full, max(1, math.ceil(width / self.multiple - 1e-6)) * self.multiple)
+
+
+@dataclass(frozen=True)
+class LayerTime:
+    """What a table says of a layer, all its calls together.
+
+    Attributes:
+        before, after: seconds, of the layer as it was and with the channels that it keeps.
+        least: seconds at the narrowest widths that the table has.
+        kept: channels in and out, on average where not all parts of the network lose as many.
+        rounded: channels in and out that take as long.
+    """
+
+    before: float
+    after: float
+    least: float
+    kept: tuple[float, float]
+    rounded: tuple[int, int]
 
 
 @dataclass
@@ -185,9 +204,24 @@ class _Timed:
     first: tuple[int, int]
     gone: list[float] = field(default_factory=lambda: [0.0, 0.0])
 
-    def seconds(self) -> float:
-        kept = [total - gone for total, gone in zip(self.first, self.gone, strict=True)]
-        return sum(times * curve.seconds(*kept) for curve, times in self.curves)
+    @property
+    def kept(self) -> tuple[float, float]:
+        return self.first[0] - self.gone[0], self.first[1] - self.gone[1]
+
+    @property
+    def shrinks(self) -> bool:
+        return any(self.curves[0][0].sides)
+
+    def seconds(self, widths: tuple[float, float] | None = None) -> float:
+        return sum(times * curve.seconds(*(widths or self.kept)) for curve, times in self.curves)
+
+    def time(self) -> LayerTime:
+        curve, kept = self.curves[0][0], self.kept
+        narrowest = curve.grids[0][0], curve.grids[1][0]
+        rounded = curve.rounded(kept[0], 0), curve.rounded(kept[1], 1)
+        if curve.single:  # its inputs are its outputs
+            kept, rounded = (kept[1], kept[1]), (rounded[1], rounded[1])
+        return LayerTime(self.seconds(self.first), self.seconds(), self.seconds(narrowest), kept, rounded)
 
 
 class LatencyModel:
@@ -271,6 +305,10 @@ class LatencyModel:
         saved = (before - after) * self._scale
         self.share -= saved
         return saved
+
+    def times(self) -> dict[str, LayerTime]:
+        """Of the layers that take time and may shrink, with the channels that they have by now."""
+        return {name: layer.time() for name, layer in self._layers.items() if layer.curves and layer.shrinks}
 
 
 def _largest(half_steps: Sequence[tuple[float, float]]) -> int:

@@ -22,6 +22,7 @@ from dnr_plugin.network.dependencies import inexact_reason
 from dnr_plugin.network.runtimes import Runtime, check_runtime, runtime_of
 from dnr_plugin.pruning.cost_model import CostModel
 from dnr_plugin.pruning.groups import Survey
+from dnr_plugin.pruning.latency import LayerTime
 from dnr_plugin.pruning.latency_table import LatencyTable
 from dnr_plugin.pruning.layers import Limits
 from dnr_plugin.pruning.order import SCOPES, TIMED_SCOPES, Costs, Step, layer_steps, ordered, savings_of
@@ -50,6 +51,7 @@ class Plan:
         skipped: groups left alone, as (root layer, reason).
         sizes: neurons of each root layer that was considered, before this removal.
         predicted: of a latency target, what times of layers predict; ``achieved`` is measured.
+        layer_times: of a latency target, what times of layers say of each that may shrink.
         round_to: channels of which layers keep a multiple; as measured, where the limits left it to that.
     """
 
@@ -65,6 +67,7 @@ class Plan:
     sizes: dict[str, int] = field(default_factory=dict)
     predicted: float | None = None
     round_to: int | None = None
+    layer_times: dict[str, LayerTime] = field(default_factory=dict)
 
     @property
     def removed(self) -> int:
@@ -241,11 +244,14 @@ def plan_removal(
     def measure() -> float:
         return target.measure(cost.flops, cost.params, remaining, dense) if latency is None else started * latency.share
 
+    def effect_of(step: Step) -> dict[tuple[str, str], float]:
+        effect = layers[step.layer].parts[step.part].effect
+        return {key: count * len(step.units) for key, count in effect.items()}
+
     remaining, taken = neurons, defaultdict[str, set[int]](set)
     predicted = [measure()]
     for step in steps:
-        layer = layers[step.layer]
-        effect = {key: count * len(step.units) for key, count in layer.parts[step.part].effect.items()}
+        layer, effect = layers[step.layer], effect_of(step)
         cost.remove(effect)
         if latency is not None:
             latency.remove(effect)
@@ -306,6 +312,10 @@ def plan_removal(
         predicted[count] if target.timed else None,
         rounded,
     )
+    if latency is not None:
+        for step in steps[count:]:
+            latency.remove({key: -lost for key, lost in effect_of(step).items()})
+        plan.layer_times = latency.times()
     if unreachable is not None:
         raise TargetError(str(unreachable), achieved, plan) from unreachable
     return plan

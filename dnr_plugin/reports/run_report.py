@@ -13,6 +13,7 @@ from dnr_plugin.reports.figures.drawing import save_figures
 from dnr_plugin.reports.figures.run import RUN_CAPTIONS, run_figures
 from dnr_plugin.reports.html import html_images, html_items, html_page
 from dnr_plugin.reports.layer_report import NOTE, count_footnotes, count_warnings, layer_table
+from dnr_plugin.reports.slow_layers import slow_layers
 from dnr_plugin.reports.table import Table, markdown_items, plain_markdown
 
 _FOLLOWS, _FEW = 0.5, 0.05  # share of the fall in FLOPs below which time did not follow; a fall that is none
@@ -83,7 +84,7 @@ def facts(report: Mapping[str, Any]) -> list[str]:
             f"{_percent(report['sparsity']['weight'])} of the parameters.",
         ]
     lines += [*_rounding_facts(report), *count_warnings(report["unsupported_ops"])]
-    lines += _slow_facts(report)
+    lines += [*_slow_facts(report), *slow_layers(report)]
     lines += [f"Latency in {name} was not measured: {why}." for name, why in report.get("unmeasured", {}).items()]
     when = "before the removal" if report.get("mode", "after_training") == "after_training" else "at the last check"
     counted_dead = f"{dead['neurons']} of {dead['of']} neurons were dead {when}"

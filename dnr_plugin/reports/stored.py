@@ -15,6 +15,7 @@ _Share = Annotated[float, Field(ge=0.0, le=1.0)]
 _Count = Annotated[int, Field(ge=0, le=2**53)]
 _Positive = Annotated[int, Field(ge=1, le=2**53)]
 _Amount = Annotated[float, Field(ge=0.0, le=1e15)]
+_Pair = Annotated[list[_Amount], Field(min_length=2, max_length=2)]
 _Number = Annotated[float, Field(ge=-1e15, le=1e15)]
 
 
@@ -101,6 +102,15 @@ class _Latency(_Stored):
     spread: _Amount | None = None
 
 
+class _LayerTime(_Stored):
+    name: str
+    before: _Amount
+    after: _Amount
+    least: _Amount
+    kept: _Pair
+    rounded: _Pair
+
+
 class _Repair(_Stored):
     layers: _Count
     error_before: _Amount
@@ -153,6 +163,7 @@ class _Report(_Stored):
     latency: _Latency | None = None
     latencies: list[_Latency] = []
     unmeasured: dict[str, str] = {}
+    layer_times: list[_LayerTime] = []
     round_to: _Positive | None = None
     repair: _Repair | None = None
     dynamics: _Dynamics | None = None

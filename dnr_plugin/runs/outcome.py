@@ -80,6 +80,7 @@ def outcome(
         "latency": next(timed for timed in measured.latencies if timed["batch"] == measured.batch),
         "latencies": measured.latencies,
         "unmeasured": measured.unmeasured,
+        "layer_times": [{"name": name, **_plain(time)} for name, time in removal.layer_times.items()],
         "target": {
             "kind": target.kind if target else None,
             "requested": (True if target.kind == "dead" else target.value) if target else None,
@@ -99,6 +100,11 @@ def outcome(
         "activation": measured.activation,
         "amp": {stage: asdict(chosen) for stage, chosen in results.amp.items()},
     }
+
+
+def _plain(time: Mapping[str, Any]) -> dict[str, Any]:
+    """As JSON gives it back."""
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in time.items()}
 
 
 def _dynamics(sums: CheckSums | None, events: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -60,6 +60,9 @@ def prune(run: RunState) -> None:
             )  # fmt: skip
         run.histories = importance.histories
         done.achieved, done.predicted, done.round_to = plan.achieved, plan.predicted, plan.round_to
+        for name, time in plan.layer_times.items():
+            first = done.layer_times.get(name, {}).get("before", time.before)
+            done.layer_times[name] = {**asdict(time), "before": first}
         if plan.round_to is not None:  # measured once, for all steps
             run.limits = replace(run.limits, round_to=plan.round_to)
         if not done.reached:

@@ -13,6 +13,7 @@ from helpers.layer_times import Clock, Measured, network_seconds, stairs
 from torch import nn
 
 from dnr_plugin.errors import TargetError
+from dnr_plugin.network.calling import copied
 from dnr_plugin.network.cost import count_params, flop_report
 from dnr_plugin.network.runtimes import Compiled, OnnxRuntime
 from dnr_plugin.pruning import plan as planning
@@ -326,3 +327,25 @@ def test_what_is_folded_takes_no_time() -> None:
     )
     saved = predicted.remove({("0", "out"): 32.0, ("1", "out"): 32.0, ("5", "in"): 32.0})
     assert saved == pytest.approx((1.0 - predicted.rest) / 2)
+
+
+def test_a_plan_says_what_its_layers_take(clocked: dict[str, Any]) -> None:
+    """With the channels that stay, and not those of the furthest removal that was looked at."""
+    clock = clocked["clock"] = stairs(8)
+    model = _wide()
+    plan = _plan(model, clock, 0.6, "latency_aware")
+    pruned = copied(model)
+    prune_neurons(pruned, X, plan.removals)
+    now = {name: next(iter(called)) for name, called in layer_shapes(pruned, DATA).items()}
+    full = {name: next(iter(called)) for name, called in layer_shapes(model, DATA).items()}
+    assert {"0.0", "1.0"} <= set(plan.layer_times)
+    for name, time in plan.layer_times.items():
+        assert time.before == pytest.approx(clock(full[name]))
+        assert time.after == pytest.approx(clock(now[name]), rel=0.05)
+        assert time.least <= time.after <= time.before
+        assert time.kept == pytest.approx(now[name].channels)
+        assert time.rounded == tuple(now[name].channels)  # latency_aware takes whole steps
+    given = _plan(model, clock, 0.6, limits=Limits(round_to=2))
+    assert any(time.rounded[1] > time.kept[1] for time in given.layer_times.values())
+    flops = plan_removal(model, X, tp.importance.MagnitudeImportance(), "flops", 0.6)
+    assert flops.layer_times == {}

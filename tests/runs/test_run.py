@@ -26,6 +26,8 @@ from dnr_plugin.network.cost import flop_report
 from dnr_plugin.network.runtimes import OnnxRuntime
 from dnr_plugin.pruning import groups
 from dnr_plugin.pruning import plan as planning
+from dnr_plugin.pruning.latency import layer_shapes
+from dnr_plugin.pruning.latency_table import LayerShape
 from dnr_plugin.pruning.removal import prune_neurons
 from dnr_plugin.recipe.load import load_recipe
 from dnr_plugin.repair.network import repair_network
@@ -418,7 +420,10 @@ def test_latency_is_planned_from_a_table_and_told(tiny: Path, tmp_path: Path, mo
     """In two steps that keep the multiple which the first one measured; times are made up."""
     clock = stairs(4)
 
+    first = list[LayerShape]()  # of a layer in the dense network
+
     def latencies(models: list[nn.Module], inputs: Tensor) -> list[float]:
+        first.extend(layer_shapes(models[0], inputs)["layer4.0.conv1"])
         return [network_seconds(model, inputs, clock) for model in models]
 
     monkeypatch.setattr(planning, "latencies", latencies)
@@ -433,6 +438,11 @@ def test_latency_is_planned_from_a_table_and_told(tiny: Path, tmp_path: Path, mo
     assert all(row["channels_after"] % 4 == 0 for row in report["layers"] if row["type"] == "Conv2d")
     assert [row["batch"] for row in report["latencies"]] == [1, 8, 32]
     assert report["latency"] == report["latencies"][1]
+    conv = next(time for time in report["layer_times"] if time["name"] == "layer4.0.conv1")
+    assert conv["after"] < conv["before"]
+    row = next(row for row in report["layers"] if row["name"] == "layer4.0.conv1")
+    assert conv["kept"][1] == pytest.approx(row["channels_after"])
+    assert conv["before"] == pytest.approx(clock(first[0]))  # of the dense network, not of the one after the first step
     assert "was predicted from times of layers" in (tmp_path / "run" / "report.md").read_text()
     assert stored_report(tmp_path / "run" / "report.json") == report
 
