@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 _SHOWN = 3  # layers
-_WORTH = 0.01  # of the time of all layers: what one must lack to be shown
+_WORTH = 0.005  # of the time of all layers: what one must lack to be shown
 _ROUNDED = 1.02  # of the channels that are left: so many more in a full block are a reason
 _STAYS = 0.5  # of a layer's time: as much in the narrowest one that was measured is a reason
 
