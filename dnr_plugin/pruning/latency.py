@@ -186,7 +186,7 @@ class LayerTime:
 
     Attributes:
         before, after: seconds, of the layer as it was and with the channels that it keeps.
-        least: seconds at the narrowest widths that the table has.
+        least: seconds at the narrowest widths that the table has, which are ``narrowest``.
         kept: channels in and out, on average where not all parts of the network lose as many.
         rounded: channels in and out that take as long.
     """
@@ -194,6 +194,7 @@ class LayerTime:
     before: float
     after: float
     least: float
+    narrowest: tuple[int, int]
     kept: tuple[float, float]
     rounded: tuple[int, int]
 
@@ -220,8 +221,9 @@ class _Timed:
         narrowest = curve.grids[0][0], curve.grids[1][0]
         rounded = curve.rounded(kept[0], 0), curve.rounded(kept[1], 1)
         if curve.single:  # its inputs are its outputs
-            kept, rounded = (kept[1], kept[1]), (rounded[1], rounded[1])
-        return LayerTime(self.seconds(self.first), self.seconds(), self.seconds(narrowest), kept, rounded)
+            kept, rounded, narrowest = (kept[1], kept[1]), (rounded[1], rounded[1]), (narrowest[1], narrowest[1])
+        least = self.seconds(narrowest)
+        return LayerTime(self.seconds(self.first), self.seconds(), least, narrowest, kept, rounded)
 
 
 class LatencyModel:

@@ -9,7 +9,7 @@ from typing import Any
 _SHOWN = 3  # layers
 _WORTH = 0.005  # of the time of all layers: what one must lack to be shown
 _ROUNDED = 1.02  # of the channels that are left: so many more in a full block are a reason
-_STAYS = 0.5  # of a layer's time: as much in the narrowest one that was measured is a reason
+_STAYS = 0.5  # of a layer's time: as much in one of half its size or less is a reason
 
 
 def slow_layers(report: Mapping[str, Any]) -> list[str]:
@@ -44,10 +44,11 @@ def _shown(kept: float, time: Mapping[str, Any]) -> str:
 
 
 def _reason(time: Mapping[str, Any]) -> str:
-    if math.prod(time["rounded"]) >= _ROUNDED * math.prod(time["kept"]):
-        (inputs, outputs), (full_in, full_out) = time["kept"], time["rounded"]
+    (inputs, outputs), kept = time["kept"], math.prod(time["kept"])
+    if math.prod(time["rounded"]) >= _ROUNDED * kept:
+        full_in, full_out = time["rounded"]
         return f"{inputs:.4g} to {outputs:.4g} channels take as long as {full_in:g} to {full_out:g}"
-    if time["least"] >= _STAYS * time["after"]:
-        share = time["least"] / time["before"]
-        return f"{100 * share:.0f} % stay at the narrowest width measured, for memory and the call"
+    if time["least"] >= _STAYS * time["after"] and math.prod(time["narrowest"]) <= kept / 2:
+        (few_in, few_out), share = time["narrowest"], time["least"] / time["before"]
+        return f"{100 * share:.0f} % stay with {few_in:g} to {few_out:g} channels, for memory and the call"
     return "narrower, it takes longer for each FLOP"

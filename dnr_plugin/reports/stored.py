@@ -107,6 +107,7 @@ class _LayerTime(_Stored):
     before: _Amount
     after: _Amount
     least: _Amount
+    narrowest: _Pair
     kept: _Pair
     rounded: _Pair
 

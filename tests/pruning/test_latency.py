@@ -343,6 +343,7 @@ def test_a_plan_says_what_its_layers_take(clocked: dict[str, Any]) -> None:
         assert time.before == pytest.approx(clock(full[name]))
         assert time.after == pytest.approx(clock(now[name]), rel=0.05)
         assert time.least <= time.after <= time.before
+        assert time.least == pytest.approx(clock(full[name].with_channels(*time.narrowest)))
         assert time.kept == pytest.approx(now[name].channels)
         assert time.rounded == tuple(now[name].channels)  # latency_aware takes whole steps
     predicted = _model(model, clock)

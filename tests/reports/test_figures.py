@@ -272,21 +272,23 @@ def test_layers_whose_time_did_not_fall_are_named_with_the_reason() -> None:
     flops = {"stairs": 40, "call": 20, "slow": 50, "fine": 50, "small": 50, "fourth": 90}
     rows = [{**report["layers"][0], "name": name, "flops_before": 100, "flops_after": of} for name, of in flops.items()]
 
-    def time(name: str, after: float, least: float = 0.0, before: float = 10.0, rounded: int = 32) -> dict[str, Any]:
-        kept = [16.0, 20.0 if name == "stairs" else 32.0]
+    def time(name: str, after: float, least: float = 0.0, before: float = 10.0) -> dict[str, Any]:
+        kept, rounded = [16.0, 20.0 if name == "stairs" else 32.0], 32
+        narrowest = 32 if name == "slow" else 8
         return {
-            "name": name, "before": before, "after": after, "least": least, "kept": kept, "rounded": [16, rounded],
+            "name": name, "before": before, "after": after, "least": least, "narrowest": [16, narrowest],
+            "kept": kept, "rounded": [16, rounded],
         }  # fmt: skip
 
     times = [
-        time("fine", 5.05), time("small", 0.09, before=0.1), time("slow", 6.5, 3.0), time("call", 6.0, 5.0),
+        time("fine", 5.05), time("small", 0.09, before=0.1), time("slow", 6.5, 6.5), time("call", 6.0, 5.0),
         time("stairs", 9.0, 1.0), time("fourth", 9.9), time("gone", 10.0),
     ]  # fmt: skip
     (line,) = slow_layers(report | {"layers": rows, "layer_times": times})
     assert line == (
         "Layers whose FLOPs fell most beyond their time, by times of single layers in onnxruntime: "
         "stairs (FLOPs to 40 %, time to 90 %: 16 to 20 channels take as long as 16 to 32); "
-        "call (FLOPs to 20 %, time to 60 %: 50 % stay at the narrowest width measured, for memory and the call); "
+        "call (FLOPs to 20 %, time to 60 %: 50 % stay with 16 to 8 channels, for memory and the call); "
         "slow (FLOPs to 50 %, time to 65 %: narrower, it takes longer for each FLOP)."
     )
     assert slow_layers(report) == slow_layers(report | {"layers": rows, "layer_times": times[:2]}) == []
