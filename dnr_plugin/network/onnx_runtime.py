@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import importlib.util
 import io
 import logging
 import warnings
@@ -73,9 +72,7 @@ class OnnxNetwork(nn.Module):
         by_name = isinstance(inputs, dict)
         args = () if by_name else tuple(inputs) if isinstance(inputs, list | tuple) else (inputs,)
         with silent():
-            program = torch.onnx.export(
-                model, args, kwargs=inputs if by_name else None, dynamo=True, verbose=False
-            )  # fmt: skip
+            program = torch.onnx.export(model, args, kwargs=inputs if by_name else None, dynamo=True, verbose=False)
             assert program is not None  # what dynamo=True returns
             self._session = session(program.model_proto.SerializeToString())
         self._names = [given.name for given in self._session.get_inputs()]

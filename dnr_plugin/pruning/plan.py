@@ -202,9 +202,10 @@ def plan_removal(
         raise ValueError("kind: 'dead' needs a DyingNeuronImportance, which observes what is dead")
     if scope in TIMED_SCOPES and not target.timed:
         raise ValueError(f"scope: expected another than {scope} with {kind}, which does not count time, found {scope}")
-    check_runtime(runtime)
+    runs_in = runtime_of(runtime)
     if runtime != "eager" and not counts_time(scope, target, limits):
         raise ValueError(f"runtime: expected eager with {kind}, for which nothing is timed, found {runtime}")
+    check_runtime(runtime)
     survey = Survey(model, example_inputs)
     if dense is None:
         dense = baseline(model, example_inputs, keep_model=target.timed, survey=survey, verify=limits.verify)
@@ -213,9 +214,9 @@ def plan_removal(
     prunable = survey.within(limits, dense.sizes)
     skipped, neurons = prunable.skipped, prunable.neurons
     report = flop_report(model, example_inputs)
-    timed = timing(survey, example_inputs, prunable, scope, target, limits, report, table, runtime_of(runtime))
+    timed = timing(survey, example_inputs, prunable, scope, target, limits, report, table, runs_in)
     layers, rounded, latency = timed.layers, timed.round_to, timed.model
-    stopwatch = _Stopwatch(dense, example_inputs, runtime_of(runtime))
+    stopwatch = _Stopwatch(dense, example_inputs, runs_in)
     zero: dict[str, Tensor] = {}
     dead_in: dict[str, int] = {}
     steps: list[Step] = []
