@@ -6,13 +6,16 @@ import contextlib
 import importlib
 import io
 import logging
+import tempfile
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dnr_plugin.files import read_json
 from dnr_plugin.network.calling import tensors
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
@@ -44,16 +47,19 @@ def silent() -> Iterator[None]:
         logging.disable(disabled)
 
 
-def session(model: str | bytes) -> Any:
+def session(model: str | bytes, profile: Path | None = None) -> Any:
     """An ``InferenceSession`` on the CPU, with as many threads as torch uses.
 
     Args:
         model: path of an ONNX file, or what is in one.
+        profile: how paths of a profile begin; None: none is written.
     """
     onnxruntime = importlib.import_module("onnxruntime")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3  # errors
+    if profile is not None:
+        options.enable_profiling, options.profile_file_prefix = True, str(profile)
     # else threads of a session that has just run slow down the next one, when several are timed in turn
     options.add_session_config_entry("session.force_spinning_stop", "1")
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
@@ -84,14 +90,29 @@ class OnnxNetwork(nn.Module):
 
 
 class OnnxLayer(nn.Module):
-    """A layer in ONNX Runtime; see `layer_graph`."""
+    """A layer in ONNX Runtime, whose calls are timed by its profiler; see `layer_graph`."""
 
     def __init__(self, layer: nn.Module, sizes: tuple[int, ...]) -> None:
         super().__init__()
-        self._session = session(layer_graph(layer, sizes))
+        self._calls, self._folder = 0, tempfile.TemporaryDirectory()
+        self._session = session(layer_graph(layer, sizes), Path(self._folder.name) / "layer")
 
     def forward(self, x: Tensor) -> Tensor:
+        self._calls += 1
         return torch.from_numpy(self._session.run(None, {"x": x.numpy()})[0])
+
+    def seconds(self) -> list[float]:
+        """Of each call so far, to a microsecond; after this the layer is timed no more.
+
+        Without what converts inputs and outputs to blocks of channels and back, which a network does at its ends alone.
+        """
+        events = read_json(Path(self._session.end_profiling()))
+        self._folder.cleanup()
+        ran = [event for event in events if event["name"].endswith("_kernel_time")]
+        operators = len(ran) // self._calls
+        taken = [0 if event["args"]["op_name"].startswith("Reorder") else event["dur"] for event in ran]
+        calls = (taken[operators * call : operators * (call + 1)] for call in range(self._calls))
+        return [1e-6 * max(sum(call), 0.5) for call in calls]  # none takes no time
 
 
 def layer_graph(layer: nn.Module, sizes: tuple[int, ...]) -> bytes:

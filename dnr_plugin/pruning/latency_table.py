@@ -33,7 +33,7 @@ _TRIES = 3  # with further rounds each
 _ALONG = 32  # layers that are measured again when others are new
 _TOGETHER = 2**30  # bytes of weights that are timed in turn; more are timed in parts
 _SECONDS, _LEAST, _MOST = 20.0, 5, 25  # rounds that are timed: within so many seconds, but no fewer and no more
-_THREADS = 512  # of all layers of ONNX Runtime that are timed in turn, each of which has its own
+_THREADS = 256  # of all layers of ONNX Runtime that are timed in turn: each has its own, and a file that is open
 _CUDA_REPEATS = 10  # calls of a layer until the GPU is waited for, which a network does once for all its layers
 
 
@@ -214,7 +214,10 @@ def timed_layers(shapes: Sequence[LayerShape], device: torch.device) -> list[lis
     most = max(1, _THREADS // torch.get_num_threads()) if alone else len(shapes)
     for part in _parts([_weights(shape) for shape in shapes], most):
         calls = [_call(shapes[number], inputs[shapes[number].dtype], device) for number in part]
-        rounds += _rounds(calls, _SECONDS * len(part) / len(shapes), device)
+        measured = _rounds(calls, _SECONDS * len(part) / len(shapes), device)
+        runtimes = [RUNTIMES[shapes[number].runtime] for number in part]
+        for runtime, (layer, _), times in zip(runtimes, calls, measured, strict=True):
+            rounds.append(runtime.seconds(layer, times)[1:])
     return rounds
 
 
@@ -256,7 +259,7 @@ def _rounds(
     repeats = _CUDA_REPEATS if device.type == "cuda" else 1
     times: list[list[float]] = [[] for _ in calls]
     end = time.perf_counter() + seconds
-    number = -1  # the first is not counted
+    number = -1  # the first does not count
     order, draws = [*range(len(calls))], random.Random(0)
     with torch.no_grad():
         while number < _LEAST or (number < _MOST and time.perf_counter() < end):
@@ -269,7 +272,7 @@ def _rounds(
                     layer(given)
                 times[index].append((now(device) - start) / repeats)
             number += 1
-    return [measured[1:] for measured in times]
+    return times
 
 
 def undisturbed(times: Sequence[float]) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dnr_plugin.errors import InputError, RunError
+from dnr_plugin.network import onnx_runtime
 from dnr_plugin.network.calling import call_as_it_is, eval_outputs
 from dnr_plugin.network.cost import latencies
 from dnr_plugin.network.runtimes import RUNTIMES, check_runtime, runtime_of
@@ -175,6 +177,35 @@ def test_single_layers_compute_the_same(layer: nn.Module, sizes: tuple[int, ...]
         found, expected = RUNTIMES["onnxruntime"].layer(layer.eval(), sizes)(x), layer(x)
     assert found.shape == expected.shape
     assert torch.allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.usefixtures("onnx")
+def test_the_profiler_times_a_layer_call_by_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All its operators, but for what converts to blocks of channels and back; nothing takes no time."""
+    runtime, sizes = RUNTIMES["onnxruntime"], (2, 16, 8, 8)
+    layer = runtime.layer(nn.Sequential(nn.BatchNorm2d(16), nn.ReLU()).eval(), sizes)
+    for _ in range(3):
+        layer(torch.randn(sizes))
+    named = [("session_run", 900), ("a_kernel_time", 20), ("b_kernel_time", 3)]
+    events = [
+        {"name": name, "dur": taken + call, "args": {"op_name": operator}}
+        for call in range(3)
+        for (name, taken), operator in zip(named, ("", "ReorderInput" if call == 2 else "Conv", "Relu"), strict=True)
+    ]
+    events[-1]["dur"] = 0
+    monkeypatch.setattr(onnx_runtime, "read_json", lambda file: events)
+    assert runtime.seconds(layer, [9.0] * 3) == pytest.approx([23e-6, 25e-6, 0.5e-6])
+
+
+@pytest.mark.usefixtures("onnx")
+def test_what_is_profiled_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    runtime = RUNTIMES["onnxruntime"]
+    layer = runtime.layer(nn.Linear(64, 64).eval(), (4, 64))
+    for _ in range(3):
+        layer(torch.randn(4, 64))
+    assert all(0.0 < seconds < 1.0 for seconds in runtime.seconds(layer, [9.0] * 3))
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("missing", ["onnx", "onnxscript", "onnxruntime"])
