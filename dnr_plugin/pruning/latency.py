@@ -53,15 +53,18 @@ def layer_shapes(model: nn.Module, inputs: Any, runtime: str = "eager") -> dict[
             return
         called = noted.setdefault(names[module], Counter())
         folded = given is convolved[0] and given is not None and given._version == convolved[1]
-        if not (runtime == "onnxruntime" and folded and shape.type.startswith("BatchNorm")):
+        if not (folded and shape.type.startswith("BatchNorm")):
             called[shape] += 1
 
     def note_output(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
         nonlocal convolved
-        convolved = out, out._version
+        if isinstance(out, Tensor) and not out.is_inference():  # which have no version
+            convolved = out, out._version
 
     handles = [module.register_forward_pre_hook(note, with_kwargs=True) for module in names]
-    handles += [m.register_forward_hook(note_output) for m in names if type(m).__name__ in _CONVOLUTIONS]
+    if runtime == "onnxruntime":
+        convolutions = [module for module in names if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)]
+        handles += [module.register_forward_hook(note_output) for module in convolutions]
     with in_eval(model, handles), uncompiled(), torch.no_grad():
         call(model, inputs)
     return noted
