@@ -6,6 +6,7 @@ A new one is a class here with an entry in `RUNTIMES`, and a word of ``prune.run
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 import shutil
 import sys
@@ -141,9 +142,12 @@ class _CompiledNetwork(nn.Module):
         def run(*args: Any, **kwargs: Any) -> Any:
             return network(*args, **kwargs)
 
-        # a code object of its own, by which torch keeps what it compiled, and of which it soon compiles no more
+        # Torch keeps what it compiled by code object, of each of which it soon compiles no more: this one is new, and
+        # what runs behind breaks of the graph is kept apart where torch can do so.
         run.__code__ = run.__code__.replace()
-        self._run = torch.compile(run, backend=counted, dynamic=False)
+        can = "isolate_recompiles" in inspect.signature(torch.compile).parameters
+        apart: dict[str, Any] = {"isolate_recompiles": True} if can else {}
+        self._run = torch.compile(run, backend=counted, dynamic=False, **apart)
         with silent(), torch.no_grad():
             call_as_it_is(self, inputs)
         if not self.graphs:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import shutil
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,28 @@ def test_every_network_is_compiled() -> None:
     assert [prepared.graphs for prepared in kept] == [1] * 10
     latencies([kept[0], kept[-1]], X, seconds=0.0)
     assert [prepared.graphs for prepared in kept] == [1] * 10  # and none anew
+
+
+class Broken(nn.Module):
+    """Is compiled in two parts."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, width), nn.Linear(width, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x).relu()
+        torch._dynamo.graph_break()
+        return self.second(x)
+
+
+@pytest.mark.usefixtures("inductor_skipped")
+@pytest.mark.skipif(
+    "isolate_recompiles" not in inspect.signature(torch.compile).parameters,
+    reason="this torch compiles no more than eight networks with a break; the ninth is an error",
+)
+def test_every_part_of_a_network_is_compiled() -> None:
+    assert [RUNTIMES["compiled"].prepared(Broken(width), X).graphs for width in range(1, 11)] == [2] * 10
 
 
 @pytest.mark.usefixtures("inductor_skipped")
