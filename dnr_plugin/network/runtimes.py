@@ -100,7 +100,7 @@ class Eager(Runtime):
 class Compiled(Runtime):
     """By `torch.compile` with its defaults (inductor), for fixed sizes.
 
-    Compiling takes seconds for a layer and up to a minute for a network, so whole networks alone are compiled: their
+    Compiling takes seconds for a layer and 20 s to minutes for a network, so whole networks alone are compiled: their
     layers are predicted as eager ones, and measuring corrects that.
     """
 

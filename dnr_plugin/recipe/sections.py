@@ -384,7 +384,7 @@ class ReportOptions(Section):
     runtimes: list[Literal["compiled", "onnxruntime"]] = Field(
         default=[],
         description="what latency is reported in beside eager mode and prune.runtime, in batches of 1 and 32: compiled "
-        "(torch.compile, up to a minute for each of four compilations), onnxruntime (on the CPU)",
+        "(torch.compile, 20 s to minutes for each of four compilations), onnxruntime (on the CPU)",
     )
 
     @model_validator(mode="after")
