@@ -15,7 +15,7 @@ from helpers.layer_times import Measured, stairs
 from matplotlib.figure import Figure
 
 import dnr_plugin.pruning.plan as plan_module
-import dnr_plugin.runs.run as run_module
+import dnr_plugin.runs.latencies as latencies_module
 from dnr_plugin.data import registry
 from dnr_plugin.data.images import Data
 from dnr_plugin.network.cost import forward_times, latencies, timed_in_turn
@@ -65,7 +65,7 @@ def timed_briefly(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         patch.setattr(latency_table, "timed_layers", lambda shapes, device: measured(shapes))
         patch.setattr(plan_module, "latencies", partial(latencies, seconds=0.1))
-        patch.setattr(run_module, "forward_times", partial(forward_times, seconds=0.1))
+        patch.setattr(latencies_module, "forward_times", partial(forward_times, seconds=0.1))
         patch.setattr(int8_export, "timed_in_turn", partial(timed_in_turn, seconds=0.1))
         yield
 

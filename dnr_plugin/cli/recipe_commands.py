@@ -104,10 +104,11 @@ def _plan(arguments: argparse.Namespace) -> int:
         notes.insert(0, f"Times of layers predict {plan.predicted:.4f}.")
     if plan.round_to is not None and recipe.prune.round_to != plan.round_to:
         notes.insert(0, f"Layers keep multiples of {plan.round_to} channels, as measured.")
+    runtime = f" in {recipe.prune.runtime}" if recipe.prune.runtime != "eager" and plan.predicted is not None else ""
     show(
         layer_table(rows, f"{recipe.name}: what would be removed"),
         f"- {plan.removed} of {plan.neurons} neurons would go; {plan.dead} are dead.",
-        f"- Target {plan.kind}: {plan.requested:g} requested, {plan.achieved:.4f} achieved.",
+        f"- Target {plan.kind}{runtime}: {plan.requested:g} requested, {plan.achieved:.4f} achieved.",
         *(f"- {note}" for note in notes),
     )
     if missed is not None:

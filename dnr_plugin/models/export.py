@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
-import io
-import logging
 import os
 import tempfile
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,11 +14,11 @@ from torch import Tensor, nn
 from dnr_plugin.errors import InputError, RunError, did_you_mean, first_line
 from dnr_plugin.models.saved import saved_model
 from dnr_plugin.network.calling import output_difference
+from dnr_plugin.network.onnx_runtime import INSTALL, missing_package, session, silent
 
 LIMIT = 1e-4  # largest relative difference of the outputs that is written
 BATCHES = (1, 3)  # sizes that are compared; neither is the one that is traced
 _TRACED = 2  # torch.export takes a batch of one for a constant
-_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 Runner = Callable[[Tensor], Tensor]
 
 
@@ -136,13 +132,9 @@ def check_packages() -> None:
     Raises:
         InputError: with the one that is missing.
     """
-    for name in _PACKAGES:
-        try:
-            importlib.import_module(name)
-        except ImportError:
-            raise InputError(
-                f'--format: expected onnx with its packages: pip install "dnr_plugin[export]", found no {name}'
-            ) from None
+    missing = missing_package()
+    if missing is not None:
+        raise InputError(f"--format: expected onnx with its packages: {INSTALL}, found no {missing}")
 
 
 def check_file(file: Path) -> None:
@@ -200,13 +192,7 @@ class OnnxModel(nn.Module):
 
     def __init__(self, file: Path) -> None:
         super().__init__()
-        onnxruntime = importlib.import_module("onnxruntime")
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        options.log_severity_level = 3  # errors
-        # else threads of a session that has just run slow down the next one, when several are timed in turn
-        options.add_session_config_entry("session.force_spinning_stop", "1")
-        self._session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+        self._session = session(str(file))
 
     def forward(self, images: Tensor) -> Tensor:
         return torch.from_numpy(self._session.run(["scores"], {"images": images.numpy()})[0])
@@ -217,17 +203,3 @@ FORMATS: dict[str, tuple[Callable[[nn.Module, Tensor, Path], None], Callable[[Pa
     "onnx": (_write_onnx, OnnxModel),
     "torch": (_write_torch, _read_torch),
 }
-
-
-@contextlib.contextmanager
-def silent() -> Iterator[None]:
-    """Without what the exporters log, print and warn about themselves: a failure is one line of ours."""
-    disabled = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        printed = io.StringIO()
-        with warnings.catch_warnings(), contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(disabled)

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from dnr_plugin.errors import InputError, RunError, first_line
-from dnr_plugin.models.export import silent
+from dnr_plugin.network.onnx_runtime import silent
 
 _WEIGHTED = ("Conv", "Gemm", "MatMul")  # which hold nearly all of a network's weights and work
 _STEPS = ("QuantizeLinear", "DequantizeLinear")

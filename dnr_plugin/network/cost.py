@@ -18,7 +18,16 @@ import torch
 from torch import Tensor, nn
 
 from dnr_plugin.errors import InputError
-from dnr_plugin.network.calling import call_as_it_is, eager, in_eval, is_compiled, kept_modes, one_sample, uncompiled
+from dnr_plugin.network.calling import (
+    call_as_it_is,
+    eager,
+    in_eval,
+    is_compiled,
+    kept_modes,
+    one_sample,
+    tensors,
+    uncompiled,
+)
 from dnr_plugin.network.flop_handles import FLOP_HANDLES, multiplies_matrices, noting_scripted
 from dnr_plugin.network.kinds import kind_of
 
@@ -168,7 +177,7 @@ def latencies(models: list[nn.Module], inputs: Any, *, seconds: float = 2.0, war
     """Median seconds of one forward pass of each model, in eval mode, measured in turn so that drift hits all alike.
 
     Args:
-        models: on the device of the inputs.
+        models: on the device of the inputs; or what a `runtimes.Runtime` prepared.
         inputs: one batch.
         seconds: about how long to measure, all models together; at least 5 rounds are run.
         warmup: rounds not counted.
@@ -178,7 +187,7 @@ def latencies(models: list[nn.Module], inputs: Any, *, seconds: float = 2.0, war
 
 def forward_times(models: list[nn.Module], inputs: Any, *, seconds: float = 2.0, warmup: int = 3) -> list[list[float]]:
     """Seconds of every round of a forward pass of each model, `steadied`; see `latencies`."""
-    device = next(models[0].parameters()).device
+    device = next(tensors(inputs)).device
 
     def run(model: nn.Module) -> None:
         call_as_it_is(model, inputs)

@@ -33,34 +33,51 @@ _CONVOLUTIONS = ("Conv1d", "Conv2d", "Conv3d")
 _NORMS = ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "InstanceNorm2d", "GroupNorm", "LayerNorm")
 
 
-def layer_shapes(model: nn.Module, inputs: Any) -> dict[str, Counter[LayerShape]]:
+def layer_shapes(model: nn.Module, inputs: Any, runtime: str = "eager") -> dict[str, Counter[LayerShape]]:
     """The layers of a network that a table has times of, with the shapes that they are called with and how often.
 
     Args:
         model: stays as it is.
         inputs: one batch.
+        runtime: of `runtimes.RUNTIMES`, which runs the layers. In ONNX Runtime, which folds a BatchNorm right behind a
+            convolution into it, such a one has no shape.
     """
     noted: dict[str, Counter[LayerShape]] = {}
     names = {module: name for name, module in model.named_modules()}
+    convolved: tuple[Any, int] = None, 0  # what the last convolution gave, and its version
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = input_of(args, kwargs)
-        shape = _shape_of(module, given) if given is not None else None
-        if shape is not None:
-            noted.setdefault(names[module], Counter())[shape] += 1
+        shape = _shape_of(module, given, runtime) if given is not None else None
+        if shape is None:
+            return
+        called = noted.setdefault(names[module], Counter())
+        folded = given is convolved[0] and given is not None and given._version == convolved[1]
+        if not (folded and shape.type.startswith("BatchNorm")):
+            called[shape] += 1
+
+    def note_output(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+        nonlocal convolved
+        if isinstance(out, Tensor) and not out.is_inference():  # which have no version
+            convolved = out, out._version
 
     handles = [module.register_forward_pre_hook(note, with_kwargs=True) for module in names]
+    if runtime == "onnxruntime":
+        convolutions = [module for module in names if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)]
+        handles += [module.register_forward_hook(note_output) for module in convolutions]
     with in_eval(model, handles), uncompiled(), torch.no_grad():
         call(model, inputs)
     return noted
 
 
-def _shape_of(module: nn.Module, given: Tensor) -> LayerShape | None:
+def _shape_of(module: nn.Module, given: Tensor, runtime: str) -> LayerShape | None:
     kind, name = kind_of(module), type(module).__name__
     if type(module) is not getattr(nn, name, None) or not kind.channels[1]:
         return None
     dtype, last = str(given.dtype).removeprefix("torch."), given.dim() - 1
     held: Any = module
+    if runtime == "onnxruntime" and (dtype != "float32" or getattr(held, "padding_mode", "zeros") != "zeros"):
+        return None  # what `onnx_runtime.layer_graph` does not make
     options: dict[str, Any]
     if name in _CONVOLUTIONS and given.dim() == len(held.kernel_size) + 2:
         options = {key: getattr(held, key) for key in ("kernel_size", "stride", "padding", "dilation")}
@@ -79,8 +96,8 @@ def _shape_of(module: nn.Module, given: Tensor) -> LayerShape | None:
         return None
     sizes = tuple(size for dim, size in enumerate(given.shape) if dim != at)
     images = given.dim() == 4 and not given.is_contiguous()
-    channels_last = images and given.is_contiguous(memory_format=torch.channels_last)
-    return LayerShape(name, tuple(options.items()), kind.channels, sizes, dtype, channels_last)
+    channels_last = images and given.is_contiguous(memory_format=torch.channels_last) and runtime != "onnxruntime"
+    return LayerShape(name, tuple(options.items()), kind.channels, sizes, dtype, channels_last, runtime)
 
 
 class _Curve:
@@ -146,7 +163,7 @@ class _Curve:
 
     def seconds(self, inputs: float, outputs: float) -> float:
         """At any widths up to those that it has now."""
-        pair = (self._rounded(inputs, 0), self._rounded(outputs, 1))
+        pair = (self.rounded(inputs, 0), self.rounded(outputs, 1))
         if pair not in self._known:
             (low, high, share), (first, last, part) = (
                 _between(grid, width) for grid, width in zip(self.grids, pair, strict=True)
@@ -158,11 +175,31 @@ class _Curve:
             self._known[pair] = (1 - part) * corners[0] + part * corners[1]
         return self._known[pair]
 
-    def _rounded(self, width: float, side: int) -> int:
+    def rounded(self, width: float, side: int) -> int:
+        """The width that takes as long: of the inputs, side 0, or of the outputs."""
         full = self.shape.channels[side]
         if not self.sides[side]:
             return full
         return min(full, max(1, math.ceil(width / self.multiple - 1e-6)) * self.multiple)
+
+
+@dataclass(frozen=True)
+class LayerTime:
+    """What a table says of a layer, all its calls together.
+
+    Attributes:
+        before, after: seconds, of the layer as it was and with the channels that it keeps.
+        least: seconds at the narrowest widths that the table has, which are ``narrowest``.
+        kept: channels in and out, on average where not all parts of the network lose as many.
+        rounded: channels in and out that take as long.
+    """
+
+    before: float
+    after: float
+    least: float
+    narrowest: tuple[int, int]
+    kept: tuple[float, float]
+    rounded: tuple[int, int]
 
 
 @dataclass
@@ -171,9 +208,25 @@ class _Timed:
     first: tuple[int, int]
     gone: list[float] = field(default_factory=lambda: [0.0, 0.0])
 
-    def seconds(self) -> float:
-        kept = [total - gone for total, gone in zip(self.first, self.gone, strict=True)]
-        return sum(times * curve.seconds(*kept) for curve, times in self.curves)
+    @property
+    def kept(self) -> tuple[float, float]:
+        return self.first[0] - self.gone[0], self.first[1] - self.gone[1]
+
+    @property
+    def shrinks(self) -> bool:
+        return any(self.curves[0][0].sides)
+
+    def seconds(self, widths: tuple[float, float] | None = None) -> float:
+        return sum(times * curve.seconds(*(widths or self.kept)) for curve, times in self.curves)
+
+    def time(self) -> LayerTime:
+        curve, kept = self.curves[0][0], self.kept
+        narrowest = curve.grids[0][0], curve.grids[1][0]
+        rounded = curve.rounded(kept[0], 0), curve.rounded(kept[1], 1)
+        if curve.single:  # its inputs are its outputs
+            kept, rounded, narrowest = (kept[1], kept[1]), (rounded[1], rounded[1]), (narrowest[1], narrowest[1])
+        least = self.seconds(narrowest)
+        return LayerTime(self.seconds(self.first), self.seconds(), least, narrowest, kept, rounded)
 
 
 class LatencyModel:
@@ -205,15 +258,16 @@ class LatencyModel:
         report: FlopReport,
         table: LatencyTable,
         *,
+        runtime: str = "eager",
         stairs_only: bool = False,
     ) -> None:
         shrinking = {side for layer in layers for part in layer.parts for side in part.effect}
         curves: dict[tuple[LayerShape, tuple[bool, bool]], _Curve] = {}
         self._layers: dict[str, _Timed] = {}
-        for name, shapes in layer_shapes(model, inputs).items():
+        for name, shapes in layer_shapes(model, inputs, runtime).items():
             sides = ((name, "in") in shrinking, (name, "out") in shrinking)
             used = [(curves.setdefault((s, sides), _Curve(s, sides, table)), times) for s, times in shapes.items()]
-            self._layers[name] = _Timed(used, next(iter(shapes)).channels)
+            self._layers[name] = _Timed(used, next(iter(shapes)).channels if shapes else (0, 0))
         known = list(curves.values())
         table.require(shape for curve in known for shape in (curve.shape, *curve.probes()))
         self.multiple = self._multiple()
@@ -256,6 +310,10 @@ class LatencyModel:
         saved = (before - after) * self._scale
         self.share -= saved
         return saved
+
+    def times(self) -> dict[str, LayerTime]:
+        """Of the layers that take time and may shrink, with the channels that they have by now."""
+        return {name: layer.time() for name, layer in self._layers.items() if layer.curves and layer.shrinks}
 
 
 def _largest(half_steps: Sequence[tuple[float, float]]) -> int:

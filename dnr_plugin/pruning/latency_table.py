@@ -25,14 +25,15 @@ from torch import Tensor, nn
 from dnr_plugin.devices import device_name, now
 from dnr_plugin.errors import InputError, RunError, first_line
 from dnr_plugin.files import atomic_write, read_json
+from dnr_plugin.network.runtimes import RUNTIMES
 
 _FORMAT = 1
-_RUNTIME = "eager"
 NOISY = 0.25  # share by which times may differ between the even and the odd rounds
 _TRIES = 3  # with further rounds each
 _ALONG = 32  # layers that are measured again when others are new
 _TOGETHER = 2**30  # bytes of weights that are timed in turn; more are timed in parts
 _SECONDS, _LEAST, _MOST = 20.0, 5, 25  # rounds that are timed: within so many seconds, but no fewer and no more
+_THREADS = 256  # of all layers of ONNX Runtime that are timed in turn: each has its own, and a file that is open
 _CUDA_REPEATS = 10  # calls of a layer until the GPU is waited for, which a network does once for all its layers
 
 
@@ -47,6 +48,7 @@ class LayerShape:
         sizes: the input's dimensions but for its channels: batch, then positions.
         dtype: of the input, as torch names it.
         channels_last: whether the input lies so in memory.
+        runtime: of `runtimes.RUNTIMES`, which runs it.
     """
 
     type: str
@@ -55,6 +57,7 @@ class LayerShape:
     sizes: tuple[int, ...]
     dtype: str = "float32"
     channels_last: bool = False
+    runtime: str = "eager"
 
     @property
     def key(self) -> str:
@@ -62,7 +65,8 @@ class LayerShape:
         options = " ".join(f"{name}={value}" for name, value in self.options)
         layout = " channels_last" if self.channels_last else ""
         sizes, (inputs, outputs) = "x".join(map(str, self.sizes)), self.channels
-        return f"{_RUNTIME} {self.type} {inputs}->{outputs} at {sizes} {options} {self.dtype}{layout}"
+        runtime = RUNTIMES[self.runtime].version
+        return f"{runtime} {self.type} {inputs}->{outputs} at {sizes} {options} {self.dtype}{layout}"
 
     def with_channels(self, inputs: int, outputs: int) -> LayerShape:
         """The same layer of other widths."""
@@ -206,9 +210,14 @@ def timed_layers(shapes: Sequence[LayerShape], device: torch.device) -> list[lis
     largest = max(math.prod(shape.input_shape()) for shape in shapes)
     inputs = {kind: torch.randn(largest, device=device).to(getattr(torch, kind)) for kind in {s.dtype for s in shapes}}
     rounds: list[list[float]] = []
-    for part in _parts([_weights(shape) for shape in shapes]):
+    alone = any(shape.runtime != "eager" for shape in shapes)  # with threads of its own
+    most = max(1, _THREADS // torch.get_num_threads()) if alone else len(shapes)
+    for part in _parts([_weights(shape) for shape in shapes], most):
         calls = [_call(shapes[number], inputs[shapes[number].dtype], device) for number in part]
-        rounds += _rounds(calls, _SECONDS * len(part) / len(shapes), device)
+        measured = _rounds(calls, _SECONDS * len(part) / len(shapes), device)
+        runtimes = [RUNTIMES[shapes[number].runtime] for number in part]
+        for runtime, (layer, _), times in zip(runtimes, calls, measured, strict=True):
+            rounds.append(runtime.seconds(layer, times)[1:])
     return rounds
 
 
@@ -218,11 +227,11 @@ def _weights(shape: LayerShape) -> int:
     return 4 * math.prod(shape.channels) * math.prod(kernel)
 
 
-def _parts(sizes: Sequence[int]) -> Iterator[list[int]]:
-    """Numbers of layers that are timed together: in each part as many as memory has room for."""
+def _parts(sizes: Sequence[int], most: int) -> Iterator[list[int]]:
+    """Numbers of layers that are timed together: in each part up to so many, as far as memory has room for them."""
     part, held = list[int](), 0
     for number, size in enumerate(sizes):
-        if part and held + size > _TOGETHER:
+        if part and (held + size > _TOGETHER or len(part) == most):
             yield part
             part, held = [], 0
         part.append(number)
@@ -239,7 +248,7 @@ def _call(shape: LayerShape, buffer: Tensor, device: torch.device) -> tuple[nn.M
         layer = layer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         batch, channels, *positions = sizes
         given = buffer[: math.prod(sizes)].view(batch, *positions, channels).movedim(-1, 1)
-    return layer, given
+    return RUNTIMES[shape.runtime].layer(layer, sizes), given
 
 
 def _rounds(
@@ -250,7 +259,7 @@ def _rounds(
     repeats = _CUDA_REPEATS if device.type == "cuda" else 1
     times: list[list[float]] = [[] for _ in calls]
     end = time.perf_counter() + seconds
-    number = -1  # the first is not counted
+    number = -1  # the first does not count
     order, draws = [*range(len(calls))], random.Random(0)
     with torch.no_grad():
         while number < _LEAST or (number < _MOST and time.perf_counter() < end):
@@ -263,7 +272,7 @@ def _rounds(
                     layer(given)
                 times[index].append((now(device) - start) / repeats)
             number += 1
-    return [measured[1:] for measured in times]
+    return times
 
 
 def undisturbed(times: Sequence[float]) -> float:

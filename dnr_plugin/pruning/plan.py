@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,16 +17,18 @@ from torch import Tensor, nn
 from dnr_plugin.errors import InputError, TargetError, did_you_mean
 from dnr_plugin.network.attention import completed, split_modules
 from dnr_plugin.network.calling import copied, eager
-from dnr_plugin.network.cost import FlopReport, flop_report, latencies
+from dnr_plugin.network.cost import flop_report, latencies
 from dnr_plugin.network.dependencies import inexact_reason
+from dnr_plugin.network.runtimes import Runtime, check_runtime, runtime_of
 from dnr_plugin.pruning.cost_model import CostModel
-from dnr_plugin.pruning.groups import Prunable, Survey
-from dnr_plugin.pruning.latency import LatencyModel
+from dnr_plugin.pruning.groups import Survey
+from dnr_plugin.pruning.latency import LayerTime
 from dnr_plugin.pruning.latency_table import LatencyTable
-from dnr_plugin.pruning.layers import Layer, Limits, layer_of
+from dnr_plugin.pruning.layers import Limits
 from dnr_plugin.pruning.order import SCOPES, TIMED_SCOPES, Costs, Step, layer_steps, ordered, savings_of
 from dnr_plugin.pruning.removal import prune_neurons
 from dnr_plugin.pruning.targets import Baseline, Dead, Target, baseline, target_of
+from dnr_plugin.pruning.timing import counts_time, timing
 from dnr_plugin.scoring.importance import DyingNeuronImportance
 
 _EXACT = 1e-9  # of a share: a prediction that comes so close was no guess
@@ -48,6 +51,7 @@ class Plan:
         skipped: groups left alone, as (root layer, reason).
         sizes: neurons of each root layer that was considered, before this removal.
         predicted: of a latency target, what times of layers predict; ``achieved`` is measured.
+        layer_times: of a latency target, what times of layers say of each that may shrink.
         round_to: channels of which layers keep a multiple; as measured, where the limits left it to that.
     """
 
@@ -63,6 +67,7 @@ class Plan:
     sizes: dict[str, int] = field(default_factory=dict)
     predicted: float | None = None
     round_to: int | None = None
+    layer_times: dict[str, LayerTime] = field(default_factory=dict)
 
     @property
     def removed(self) -> int:
@@ -156,6 +161,7 @@ def plan_removal(
     dense: Baseline | None = None,
     dying: Mapping[str, Tensor] | None = None,
     table: LatencyTable | None = None,
+    runtime: str = "eager",
 ) -> Plan:
     """Chooses neurons so that a target is just reached: with one removal step less it would not be.
 
@@ -180,9 +186,12 @@ def plan_removal(
         dense: the dense model's `baseline`; this model by default.
         dying: root layer -> neurons that go as the dead ones do, bool, shape [n].
         table: times of layers, where they are needed; by default that of this machine, kept in the user's cache.
+        runtime: one of `runtimes.RUNTIMES` that latency is meant in. "compiled" takes layers' times from eager mode and
+            compiles the dense model and each that is measured, eleven at most; "onnxruntime" computes on the CPU.
 
     Raises:
-        RunError: times are needed, and the machine is too noisy to tell.
+        InputError: the runtime needs what is not installed.
+        RunError: times are needed, and the machine is too noisy to tell, or the runtime cannot run this model.
         TargetError: the target cannot be reached; with the closest value, and the plan that reaches it.
         ValueError: an argument is unknown.
     """
@@ -193,6 +202,10 @@ def plan_removal(
         raise ValueError("kind: 'dead' needs a DyingNeuronImportance, which observes what is dead")
     if scope in TIMED_SCOPES and not target.timed:
         raise ValueError(f"scope: expected another than {scope} with {kind}, which does not count time, found {scope}")
+    runs_in = runtime_of(runtime)
+    if runtime != "eager" and not counts_time(scope, target, limits):
+        raise ValueError(f"runtime: expected eager with {kind}, for which nothing is timed, found {runtime}")
+    check_runtime(runtime)
     survey = Survey(model, example_inputs)
     if dense is None:
         dense = baseline(model, example_inputs, keep_model=target.timed, survey=survey, verify=limits.verify)
@@ -201,8 +214,9 @@ def plan_removal(
     prunable = survey.within(limits, dense.sizes)
     skipped, neurons = prunable.skipped, prunable.neurons
     report = flop_report(model, example_inputs)
-    timing = _timing(survey, example_inputs, prunable, scope, target, limits, report, table)
-    layers, rounded, latency = timing.layers, timing.round_to, timing.model
+    timed = timing(survey, example_inputs, prunable, scope, target, limits, report, table, runs_in)
+    layers, rounded, latency = timed.layers, timed.round_to, timed.model
+    stopwatch = _Stopwatch(dense, example_inputs, runs_in)
     zero: dict[str, Tensor] = {}
     dead_in: dict[str, int] = {}
     steps: list[Step] = []
@@ -226,16 +240,19 @@ def plan_removal(
     splits = split_modules(model)
     started = 1.0
     if latency is not None and neurons != dense.neurons:
-        started = _latency_ratio(dense, model, example_inputs)
+        started = stopwatch.ratio(model)
 
     def measure() -> float:
         return target.measure(cost.flops, cost.params, remaining, dense) if latency is None else started * latency.share
 
+    def effect_of(step: Step) -> dict[tuple[str, str], float]:
+        effect = layers[step.layer].parts[step.part].effect
+        return {key: count * len(step.units) for key, count in effect.items()}
+
     remaining, taken = neurons, defaultdict[str, set[int]](set)
     predicted = [measure()]
     for step in steps:
-        layer = layers[step.layer]
-        effect = {key: count * len(step.units) for key, count in layer.parts[step.part].effect.items()}
+        layer, effect = layers[step.layer], effect_of(step)
         cost.remove(effect)
         if latency is not None:
             latency.remove(effect)
@@ -259,7 +276,7 @@ def plan_removal(
         trial = copied(model)
         prune_neurons(trial, example_inputs, removals(count))
         if target.timed:
-            return _latency_ratio(dense, trial, example_inputs)
+            return stopwatch.ratio(trial)
         report = flop_report(trial, example_inputs)
         return target.measure(report.flops, report.params, 0, dense)
 
@@ -296,6 +313,10 @@ def plan_removal(
         predicted[count] if target.timed else None,
         rounded,
     )
+    if latency is not None:
+        for step in steps[count:]:
+            latency.remove({key: -lost for key, lost in effect_of(step).items()})
+        plan.layer_times = latency.times()
     if unreachable is not None:
         raise TargetError(str(unreachable), achieved, plan) from unreachable
     return plan
@@ -355,40 +376,24 @@ def _nearly_reached(target: Target, predicted: Sequence[float], measured: Callab
     return last, closest
 
 
-def _latency_ratio(dense: Baseline, model: nn.Module, inputs: Any) -> float:
-    """A model's latency as a share of the dense one's: measured until two measurements agree, or `_AGAIN` times."""
-    assert dense.model is not None
-    ratios: list[float] = []
-    while len(ratios) < _AGAIN:
-        before, after = latencies([dense.model, model], inputs)
-        ratios = sorted([*ratios, after / before])
-        if any(high - low <= _NEAR * high for low, high in itertools.pairwise(ratios)):
-            break
-    return statistics.median(ratios)
+class _Stopwatch:
+    """Latencies as shares of the dense model's, measured in turn in a runtime, for which that one is prepared once."""
 
+    def __init__(self, dense: Baseline, inputs: Any, runtime: Runtime) -> None:
+        self._model, self._inputs, self._runtime = dense.model, runtime.inputs(inputs), runtime
 
-@dataclass(frozen=True)
-class _Timing:
-    layers: list[Layer]
-    round_to: int | None
-    model: LatencyModel | None
+    @functools.cached_property
+    def _dense(self) -> nn.Module:
+        assert self._model is not None
+        return self._runtime.prepared(self._model, self._inputs)
 
-
-def _timing(
-    survey: Survey, inputs: Any, prunable: Prunable, scope: str, target: Target, limits: Limits,
-    report: FlopReport, table: LatencyTable | None,
-) -> _Timing:  # fmt: skip
-    """What times of layers tell: how many channels go at once, and the latency, where the target is one."""
-    auto = limits.round_to == "auto" or (scope in TIMED_SCOPES and limits.round_to is None)
-    given = limits.round_to if isinstance(limits.round_to, int) else None
-    if not auto and not target.timed:
-        return _Timing(prunable.layers, given, None)
-    if table is None:
-        table = LatencyTable(next(survey.model.parameters()).device)
-    model = LatencyModel(survey.model, inputs, prunable.layers, report, table, stairs_only=not target.timed)
-    layers = prunable.layers
-    if auto:
-        given = model.multiple
-        limits = replace(limits, round_to=given)
-        layers = [layer_of(layer.group, layer.name, layer.first, survey.names, limits) for layer in layers]
-    return _Timing(layers, given, model if target.timed else None)
+    def ratio(self, model: nn.Module) -> float:
+        """Of a model: measured until two measurements agree, or `_AGAIN` times."""
+        pair = [self._dense, self._runtime.prepared(model, self._inputs)]
+        ratios: list[float] = []
+        while len(ratios) < _AGAIN:
+            before, after = latencies(pair, self._inputs)
+            ratios = sorted([*ratios, after / before])
+            if any(high - low <= _NEAR * high for low, high in itertools.pairwise(ratios)):
+                break
+        return statistics.median(ratios)

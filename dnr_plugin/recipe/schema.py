@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from dnr_plugin.recipe.sections import DataOptions, ModelOptions, PruneOptions, Section
+from dnr_plugin.recipe.sections import DataOptions, ModelOptions, PruneOptions, ReportOptions, Section
 from dnr_plugin.recipe.training_sections import FinetuneOptions, TrainOptions
 
 
@@ -21,3 +21,4 @@ class Recipe(Section):
     finetune: FinetuneOptions = Field(
         default=FinetuneOptions(epochs=0), description="training after removal; none by default"
     )
+    report: ReportOptions = Field(default=ReportOptions(), description="what is measured at the end")

@@ -89,7 +89,7 @@ class TargetOptions(Section):
         default=None,
         gt=0.0,
         lt=1.0,
-        description="share of the latency of a batch of 8 that is kept: predicted, then measured",
+        description="share of the latency of a batch of 8 that is kept, in prune.runtime: predicted, then measured",
     )
     neuron_sparsity: float | None = Field(
         default=None, gt=0.0, lt=1.0, description="share of the neurons that is removed"
@@ -272,6 +272,11 @@ class PruneOptions(Section):
         description="keep a multiple of this many channels in every layer; auto (after_training only): of as many as "
         "this machine computes in the time of fewer, as measured",
     )
+    runtime: Annotated[Literal["eager", "compiled", "onnxruntime"], _AFTER_TRAINING] = Field(
+        default="eager",
+        description="after_training only: what the network is timed in, with target latency or round_to auto: eager, "
+        "compiled (torch.compile) or onnxruntime (on the CPU)",
+    )
     max_pruning_ratio: Annotated[float, _REMOVING] = Field(
         default=0.9, gt=0.0, le=1.0, description="largest share taken from one layer"
     )
@@ -361,10 +366,29 @@ class PruneOptions(Section):
             )
         if self.mode == "dynamic" and self.round_to == "auto":
             raise ValueError("round_to: expected a number with mode dynamic, while which nothing is timed, found auto")
+        timed = self.round_to == "auto" or (self.target is not None and self.target.target.timed)
+        if self.runtime != "eager" and not timed:
+            raise ValueError(
+                f"runtime: expected nothing without target latency or round_to auto, which time, found {self.runtime}"
+            )
         if self.scope == "latency_aware" and self.target is not None and self.target.kind != "latency":
             raise ValueError(
                 f"scope: expected another with target {self.target.kind}, which counts no time, found latency_aware"
             )
         if self.mode == "dynamic" and self.fold is False and self.dynamics.patience and self.dynamics.zero:
             raise ValueError("fold: expected nothing where candidates are zeroed, found false")
+        return self
+
+
+class ReportOptions(Section):
+    runtimes: list[Literal["compiled", "onnxruntime"]] = Field(
+        default=[],
+        description="what latency is reported in beside eager mode and prune.runtime, in batches of 1 and 32: compiled "
+        "(torch.compile, 20 s to minutes for each of four compilations), onnxruntime (on the CPU)",
+    )
+
+    @model_validator(mode="after")
+    def _each_once(self) -> ReportOptions:
+        if len(set(self.runtimes)) < len(self.runtimes):
+            raise ValueError(f"runtimes: expected each of them once, found {', '.join(self.runtimes)}")
         return self

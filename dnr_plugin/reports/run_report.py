@@ -13,6 +13,7 @@ from dnr_plugin.reports.figures.drawing import save_figures
 from dnr_plugin.reports.figures.run import RUN_CAPTIONS, run_figures
 from dnr_plugin.reports.html import html_images, html_items, html_page
 from dnr_plugin.reports.layer_report import NOTE, count_footnotes, count_warnings, layer_table
+from dnr_plugin.reports.slow_layers import slow_layers
 from dnr_plugin.reports.table import Table, markdown_items, plain_markdown
 
 _FOLLOWS, _FEW = 0.5, 0.05  # share of the fall in FLOPs below which time did not follow; a fall that is none
@@ -46,13 +47,19 @@ def summary_rows(report: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
         spread = timed.get("spread")
         rows.append(
             (
-                f"latency, batch {timed['batch']}",
+                f"latency, batch {timed['batch']}{_in_runtime(timed, ', ')}",
                 f"{timed['dense_ms']:.2f} ms",
                 f"{timed['pruned_ms']:.2f} ms",
                 _percent(timed["ratio"]) + ("" if spread is None else f" ± {50 * spread:.1f}"),
             )
         )
     return rows
+
+
+def _in_runtime(timed: Mapping[str, Any], before: str) -> str:
+    """The runtime of a latency or of a recipe's removal, after some words; nothing in eager mode."""
+    runtime = timed.get("runtime", "eager")  # reports of earlier versions have none
+    return "" if runtime == "eager" else f"{before}{runtime}"
 
 
 def _timed(report: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -68,15 +75,17 @@ def facts(report: Mapping[str, Any]) -> list[str]:
         lines = ["The run watched its neurons and removed none."]
     else:
         predicted = target.get("predicted")  # reports of earlier versions have none
+        runtime = "" if predicted is None else _in_runtime(report["recipe"].get("prune", {}), " in ")
         told = "" if predicted is None else f"; {_value(predicted)} was predicted from times of layers"
         lines = [
-            f"Target {target['kind']}: {_value(target['requested'])} requested, {_value(target['achieved'])} "
+            f"Target {target['kind']}{runtime}: {_value(target['requested'])} requested, {_value(target['achieved'])} "
             f"achieved{told}.",
             f"Removed {_percent(report['sparsity']['neuron'])} of the neurons and "
             f"{_percent(report['sparsity']['weight'])} of the parameters.",
         ]
     lines += [*_rounding_facts(report), *count_warnings(report["unsupported_ops"])]
-    lines += _slow_facts(report)
+    lines += [*_slow_facts(report), *slow_layers(report)]
+    lines += [f"Latency in {name} was not measured: {why}." for name, why in report.get("unmeasured", {}).items()]
     when = "before the removal" if report.get("mode", "after_training") == "after_training" else "at the last check"
     counted_dead = f"{dead['neurons']} of {dead['of']} neurons were dead {when}"
     if target["kind"] is None:
@@ -121,7 +130,7 @@ def _slow_facts(report: Mapping[str, Any]) -> list[str]:
     slow = [t for t in _timed(report) if (1 - t["ratio"]) < _FOLLOWS * (1 - kept) and kept < 1 - _FEW]
     if not slow:
         return []
-    shown = ", ".join(f"{_percent(t['ratio'])} at batch {t['batch']}" for t in slow)
+    shown = ", ".join(f"{_percent(t['ratio'])} at batch {t['batch']}{_in_runtime(t, ' in ')}" for t in slow)
     return [
         f"FLOPs fell to {_percent(kept)}, but time to no less than {shown}: hardware rounds channels up, and a small "
         "layer takes as long as a call. Target latency and round_to auto go by measured times."

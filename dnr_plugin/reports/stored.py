@@ -15,6 +15,7 @@ _Share = Annotated[float, Field(ge=0.0, le=1.0)]
 _Count = Annotated[int, Field(ge=0, le=2**53)]
 _Positive = Annotated[int, Field(ge=1, le=2**53)]
 _Amount = Annotated[float, Field(ge=0.0, le=1e15)]
+_Pair = Annotated[list[_Amount], Field(min_length=2, max_length=2)]
 _Number = Annotated[float, Field(ge=-1e15, le=1e15)]
 
 
@@ -93,11 +94,22 @@ class _Skipped(_Stored):
 
 
 class _Latency(_Stored):
+    runtime: str = "eager"  # reports of earlier versions have no other
     batch: _Positive
     dense_ms: _Amount
     pruned_ms: _Amount
     ratio: _Amount
     spread: _Amount | None = None
+
+
+class _LayerTime(_Stored):
+    name: str
+    before: _Amount
+    after: _Amount
+    least: _Amount
+    narrowest: _Pair
+    kept: _Pair
+    rounded: _Pair
 
 
 class _Repair(_Stored):
@@ -151,6 +163,8 @@ class _Report(_Stored):
     unsupported_ops: dict[str, _Count]
     latency: _Latency | None = None
     latencies: list[_Latency] = []
+    unmeasured: dict[str, str] = {}
+    layer_times: list[_LayerTime] = []
     round_to: _Positive | None = None
     repair: _Repair | None = None
     dynamics: _Dynamics | None = None

@@ -16,6 +16,7 @@ from dnr_plugin.models.build import build_model
 from dnr_plugin.models.examples import check_forward, example_image
 from dnr_plugin.models.options import check_model
 from dnr_plugin.network.calling import copied
+from dnr_plugin.network.runtimes import check_runtime
 from dnr_plugin.network.splitting import split_attention
 from dnr_plugin.pruning.groups import Survey
 from dnr_plugin.pruning.layers import Limits
@@ -65,6 +66,7 @@ def check_recipe(recipe: Recipe) -> Prepared:
         lambda: check_sizes(recipe, train_size(recipe.data)),
         lambda: check_live_noise(recipe),
         lambda: check_timetable(recipe, train_size(recipe.data)),
+        lambda: check_runtimes(recipe),
     ]
     for check in checks:
         try:
@@ -153,6 +155,19 @@ def check_score(recipe: Recipe) -> None:
             f"prune.score: expected one of {', '.join(SCORES)}, found {recipe.prune.score!r}"
             f"{did_you_mean(recipe.prune.score, SCORES)}"
         )
+
+
+def check_runtimes(recipe: Recipe) -> None:
+    """Refuses runtimes that this machine lacks something for."""
+    problems: list[str] = []
+    asked = [("prune.runtime", recipe.prune.runtime), *(("report.runtimes", name) for name in recipe.report.runtimes)]
+    for field, name in asked:
+        try:
+            check_runtime(name, field)
+        except InputError as error:
+            problems += error.problems
+    if problems:
+        raise InputError(*problems)
 
 
 def limits_of(recipe: Recipe) -> Limits:

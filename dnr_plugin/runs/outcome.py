@@ -19,10 +19,19 @@ from dnr_plugin.runs.results import CheckSums, Results
 
 @dataclass(frozen=True)
 class Measured:
-    """Of a run's final model: accuracy, latency beside the dense one's by batch, the batch of a target, activations."""
+    """Of a run's final model.
+
+    Attributes:
+        accuracy: on test images.
+        latencies: beside the dense one's, by runtime and batch, eager ones first.
+        unmeasured: runtimes without a latency, and why.
+        batch: of a target.
+        activation: see `activation_summary`.
+    """
 
     accuracy: float
     latencies: Sequence[Mapping[str, Any]]
+    unmeasured: Mapping[str, str]
     batch: int
     activation: dict[str, Any]
 
@@ -70,6 +79,8 @@ def outcome(
         "kept": kept,
         "latency": next(timed for timed in measured.latencies if timed["batch"] == measured.batch),
         "latencies": measured.latencies,
+        "unmeasured": measured.unmeasured,
+        "layer_times": [{"name": name, **_plain(time)} for name, time in removal.layer_times.items()],
         "target": {
             "kind": target.kind if target else None,
             "requested": (True if target.kind == "dead" else target.value) if target else None,
@@ -89,6 +100,11 @@ def outcome(
         "activation": measured.activation,
         "amp": {stage: asdict(chosen) for stage, chosen in results.amp.items()},
     }
+
+
+def _plain(time: Mapping[str, Any]) -> dict[str, Any]:
+    """As JSON gives it back."""
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in time.items()}
 
 
 def _dynamics(sums: CheckSums | None, events: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -60,6 +60,9 @@ def prune(run: RunState) -> None:
             )  # fmt: skip
         run.histories = importance.histories
         done.achieved, done.predicted, done.round_to = plan.achieved, plan.predicted, plan.round_to
+        for name, time in plan.layer_times.items():
+            first = done.layer_times.get(name, {}).get("before", time.before)
+            done.layer_times[name] = {**asdict(time), "before": first}
         if plan.round_to is not None:  # measured once, for all steps
             run.limits = replace(run.limits, round_to=plan.round_to)
         if not done.reached:
@@ -114,13 +117,15 @@ def plan_towards(run: RunState, importance: DyingNeuronImportance, target: Targe
         RunError: it needs times of layers, and the machine is too noisy to tell.
     """
     options = run.recipe.prune
-    inputs = timed_images(run) if target.timed or run.limits.round_to == "auto" else run.example
+    timed = target.timed or run.limits.round_to == "auto"
+    inputs = timed_images(run) if timed else run.example
     if target.timed and run.dense.model is None:
         run.dense = baseline(run.model, run.example, keep_model=True, verify=run.limits.verify)
     for _ in run.track([None], 1, "planning the removal"):
         plan = plan_removal(
             run.model, inputs, importance, target.kind, target.value,
             scope=options.ranking, limits=run.limits, dense=run.dense,
+            runtime=options.runtime if timed else "eager",
         )  # fmt: skip
     return plan
 

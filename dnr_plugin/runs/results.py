@@ -43,6 +43,7 @@ class Removal:
         exact_neurons: removed ones that were exactly zero; max_abs_diff: how far the outputs moved by these.
         achieved: measure of the target, None where there is none; reached: whether it is met.
         predicted: of a target of latency, what times of layers predict.
+        layer_times: of such a target, `latency.LayerTime` of each layer before the first step and after the last.
         round_to: channels of which layers keep a multiple, given or measured; None: of any number.
         repair: of the last step, None where there was none.
     """
@@ -57,6 +58,7 @@ class Removal:
     repair: Repaired | None = None
     predicted: float | None = None
     round_to: int | None = None
+    layer_times: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 @dataclass

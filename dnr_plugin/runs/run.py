@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import statistics
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,19 +11,20 @@ from typing import Any
 import torch
 
 from dnr_plugin.data.registry import load_data
-from dnr_plugin.devices import pick_device, to_device
+from dnr_plugin.devices import pick_device
 from dnr_plugin.errors import InputError, RunError
 from dnr_plugin.files import locked
 from dnr_plugin.models.activations.recording import activation_summary
 from dnr_plugin.models.saved import describe, write_saved
-from dnr_plugin.network.cost import forward_times
+from dnr_plugin.network.runtimes import RUNTIMES
 from dnr_plugin.pruning.targets import baseline
 from dnr_plugin.recipe.load import write_recipe
 from dnr_plugin.recipe.schema import Recipe
 from dnr_plugin.reports.run_report import write_report
-from dnr_plugin.runs.checks import check_ranks, check_recipe, check_sizes
+from dnr_plugin.runs.checks import as_pruned, check_ranks, check_recipe, check_sizes
+from dnr_plugin.runs.latencies import measured_latencies
 from dnr_plugin.runs.outcome import Measured, outcome
-from dnr_plugin.runs.removal_stage import MANY, TIMED, prune, timed_images
+from dnr_plugin.runs.removal_stage import TIMED, prune, timed_images
 from dnr_plugin.runs.run_folder import check_folder, check_space, remove_checkpoints
 from dnr_plugin.runs.state import RunState, Track, quiet
 from dnr_plugin.runs.timetable import check_timetable
@@ -126,7 +126,22 @@ def begun(recipe: Recipe, folder: Path, device: torch.device, track: Track) -> R
     assert (data.num_classes, data.in_channels, data.image_size) == prepared.shape
     check_sizes(recipe, len(data.train))
     check_timetable(recipe, len(data.train))
-    return RunState(prepared, data, folder, device, track)
+    run = RunState(prepared, data, folder, device, track)
+    _check_runtime(run)
+    return run
+
+
+def _check_runtime(run: RunState) -> None:
+    """Refuses a network that the runtime of a target cannot run: compiles or exports it once, at its full widths."""
+    name = run.recipe.prune.runtime
+    if name == "eager":
+        return
+    runtime = RUNTIMES[name]
+    try:
+        network = as_pruned(run.recipe, run.model, run.example)
+        runtime.prepared(network, runtime.inputs(timed_images(run)))
+    except RunError as error:
+        raise InputError(f"prune.runtime: expected one that can run the network, found {name}: {error}") from error
 
 
 def _train_dense(run: RunState, state: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
@@ -153,30 +168,12 @@ def _train_dense(run: RunState, state: Mapping[str, Any] | None) -> Mapping[str,
 def _finish(run: RunState) -> dict[str, Any]:
     """Measures the result and writes everything that stays."""
     now = baseline(run.model, run.example, verify=run.limits.verify)
-    measured = Measured(run.accuracy(), _latencies(run), TIMED, activation_summary(run.model, run.example))
+    latencies, unmeasured = measured_latencies(run)
+    activation = activation_summary(run.model, run.example)
+    measured = Measured(run.accuracy(), latencies, unmeasured, TIMED, activation)
     events = run.read_events()
     report = outcome(run.recipe, run.device, run.dense, now, run.results, events, measured)
     write_saved(run.model, run.folder, describe(run.model, fresh=run.untouched))
     write_report(run.folder, report, events)
     remove_checkpoints(run.folder)
     return report
-
-
-def _latencies(run: RunState) -> list[dict[str, Any]]:
-    """Of batches of one image, of as many as a target is measured on, and of many: medians of seconds in eager mode."""
-    dense, measured = to_device(run.untouched, run.device), []
-    for batch in (1, TIMED, MANY):
-        before, after = forward_times([dense, run.model], timed_images(run, batch), warmup=1)
-        ratios = [new / old for old, new in zip(before, after, strict=True)]
-        lower, _, upper = statistics.quantiles(ratios, n=4, method="inclusive")
-        first, second = 1e3 * statistics.median(before), 1e3 * statistics.median(after)
-        measured.append(
-            {
-                "batch": batch,
-                "dense_ms": first,
-                "pruned_ms": second,
-                "ratio": second / first,
-                "spread": upper - lower,
-            }
-        )
-    return measured

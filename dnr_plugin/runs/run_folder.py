@@ -131,8 +131,8 @@ def _not_begun(folder: Path, *modes: str) -> tuple[str, ...]:
         # while it trains, the neurons are watched as prune.observe and prune.dynamics say, and in mode dynamic removed
         begun = {"mode", "dynamics"} | ({"observe"} if state["stage"] == "train" else set())
         free = set(PruneOptions.model_fields) - begun if set(modes) == {"after_training"} else set()
-        return (*(f"prune.{name}" for name in free), "finetune.")
-    return ("finetune.",) if state["epoch"] == 0 else ()
+        return (*(f"prune.{name}" for name in free), "finetune.", "report.")
+    return ("finetune.", "report.") if state["epoch"] == 0 else ("report.",)
 
 
 def check_space(folder: Path, model: nn.Module) -> None:

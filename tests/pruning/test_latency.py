@@ -13,10 +13,12 @@ from helpers.layer_times import Clock, Measured, network_seconds, stairs
 from torch import nn
 
 from dnr_plugin.errors import TargetError
+from dnr_plugin.network.calling import copied
 from dnr_plugin.network.cost import count_params, flop_report
+from dnr_plugin.network.runtimes import Compiled, OnnxRuntime
 from dnr_plugin.pruning import plan as planning
 from dnr_plugin.pruning.groups import Survey
-from dnr_plugin.pruning.latency import LatencyModel
+from dnr_plugin.pruning.latency import LatencyModel, layer_shapes
 from dnr_plugin.pruning.latency_table import LatencyTable
 from dnr_plugin.pruning.layers import Limits
 from dnr_plugin.pruning.plan import Plan, plan_removal, reachable
@@ -245,3 +247,109 @@ def test_by_default_the_table_is_that_of_the_machine(
     empty = LatencyTable(CPU, tmp_path / "given.json", measure=Measured(stairs(4)))
     plan_removal(Net(), DATA, tp.importance.MagnitudeImportance(), "latency", 0.8, scope="global", table=empty)
     assert (tmp_path / "given.json").is_file()
+
+
+@pytest.fixture
+def prepared(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
+    """Networks that were prepared for another runtime than eager mode, which runs them as they are."""
+    noted = list[nn.Module]()
+
+    def prepare(self: Any, model: nn.Module, inputs: Any) -> nn.Module:
+        noted.append(model)
+        return model
+
+    for kind in (Compiled, OnnxRuntime):
+        monkeypatch.setattr(kind, "prepared", prepare)
+        monkeypatch.setattr(kind, "problem", lambda self: None)
+    monkeypatch.setattr(OnnxRuntime, "version", "onnxruntime 1.0")
+    return noted
+
+
+@pytest.mark.parametrize(("runtime", "timed"), [("compiled", "eager"), ("onnxruntime", "onnxruntime")])
+def test_latency_is_meant_in_a_runtime(
+    runtime: str, timed: str, clocked: dict[str, Any], prepared: list[nn.Module]
+) -> None:
+    """The dense network is prepared once, each trial once; layers are timed in the runtime, or in eager mode."""
+    clocked["clock"], clocked["factor"], dense = stairs(1, base=1e-8), 1.2, baseline(Net(), X, keep_model=True)
+    measured = Measured(clocked["clock"])
+    plan = plan_removal(
+        Net(), DATA, tp.importance.MagnitudeImportance(), "latency", 0.7,
+        scope="global", dense=dense, table=LatencyTable(CPU, None, measure=measured), runtime=runtime,
+    )  # fmt: skip
+    assert 0.6 < plan.achieved <= 0.7
+    assert {shape.runtime for shape in measured.asked} == {timed}
+    assert sum(model is dense.model for model in prepared) == 1
+    assert 2 < len(prepared) <= 11
+    assert clocked["calls"] == 2 * (len(prepared) - 1)  # until two measurements agree
+
+
+def test_round_to_auto_is_measured_in_a_runtime(prepared: list[nn.Module]) -> None:
+    measured = Measured(stairs(16))
+    plan = plan_removal(
+        _wide(), DATA, tp.importance.MagnitudeImportance(), "flops", 0.6, limits=Limits(round_to="auto"),
+        table=LatencyTable(CPU, None, measure=measured), runtime="onnxruntime",
+    )  # fmt: skip
+    assert (plan.round_to, prepared) == (16, [])
+    assert {shape.runtime for shape in measured.asked} == {"onnxruntime"}
+
+
+def test_a_runtime_is_refused_where_nothing_is_timed() -> None:
+    magnitude = tp.importance.MagnitudeImportance()
+    with pytest.raises(
+        ValueError, match="runtime: expected eager with flops, for which nothing is timed, found compiled"
+    ):
+        plan_removal(Net(), X, magnitude, "flops", 0.5, runtime="compiled")
+    with pytest.raises(ValueError, match="runtime: expected one of eager, compiled, onnxruntime, found 'onnx'"):
+        plan_removal(Net(), X, magnitude, "latency", 0.5, runtime="onnx")
+
+
+def test_onnx_runtime_folds_batchnorm_into_convolutions() -> None:
+    """Right behind one; elsewhere it takes time of its own."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1),
+        nn.ReLU(inplace=True), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"),
+    )  # fmt: skip
+    timed = {name: sum(called.values()) for name, called in layer_shapes(model, X, "onnxruntime").items()}
+    assert timed == {"0": 1, "1": 0, "3": 1, "4": 1, "6": 1}
+    assert {name: sum(called.values()) for name, called in layer_shapes(model, X).items()} == {
+        "0": 1, "1": 1, "3": 1, "4": 1, "6": 1, "7": 1,
+    }  # fmt: skip
+    assert layer_shapes(model.double(), X.double(), "onnxruntime") == {}
+
+
+def test_what_is_folded_takes_no_time() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 64, 3), nn.BatchNorm2d(64), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 5)
+    )
+    layers, measured = Survey(model, DATA).within(Limits(), {}).layers, Measured(stairs(1, base=0.0))
+    predicted = LatencyModel(
+        model, DATA, layers, flop_report(model, DATA), LatencyTable(CPU, None, measure=measured), runtime="onnxruntime"
+    )
+    saved = predicted.remove({("0", "out"): 32.0, ("1", "out"): 32.0, ("5", "in"): 32.0})
+    assert saved == pytest.approx((1.0 - predicted.rest) / 2)
+
+
+def test_a_plan_says_what_its_layers_take(clocked: dict[str, Any]) -> None:
+    """With the channels that stay, and not those of the furthest removal that was looked at."""
+    clock = clocked["clock"] = stairs(8)
+    model = _wide()
+    plan = _plan(model, clock, 0.6, "latency_aware")
+    pruned = copied(model)
+    prune_neurons(pruned, X, plan.removals)
+    now = {name: next(iter(called)) for name, called in layer_shapes(pruned, DATA).items()}
+    full = {name: next(iter(called)) for name, called in layer_shapes(model, DATA).items()}
+    assert {"0.0", "1.0"} <= set(plan.layer_times)
+    for name, time in plan.layer_times.items():
+        assert time.before == pytest.approx(clock(full[name]))
+        assert time.after == pytest.approx(clock(now[name]), rel=0.05)
+        assert time.least <= time.after <= time.before
+        assert time.least == pytest.approx(clock(full[name].with_channels(*time.narrowest)))
+        assert time.kept == pytest.approx(now[name].channels)
+        assert time.rounded == tuple(now[name].channels)  # latency_aware takes whole steps
+    predicted = _model(model, clock)
+    predicted.remove({("0.0", "out"): 5.0, ("0.1", "out"): 5.0, ("1.0", "in"): 5.0})
+    rounded = {name: (time.kept, time.rounded) for name, time in predicted.times().items()}
+    assert rounded["1.0"] == ((59.0, 64.0), (64, 64))
+    assert rounded["0.1"] == ((59.0, 59.0), (64, 64))
+    flops = plan_removal(model, X, tp.importance.MagnitudeImportance(), "flops", 0.6)
+    assert flops.layer_times == {}

@@ -133,9 +133,10 @@ def test_layers_run_in_the_shapes_of_a_network() -> None:
 
 
 def test_memory_bounds_what_is_timed_together() -> None:
-    parts = latency_table._parts([2**29, 2**29, 1, 2**31, 3])
+    parts = latency_table._parts([2**29, 2**29, 1, 2**31, 3], 5)
     assert list(parts) == [[0, 1], [2], [3], [4]]
-    assert list(latency_table._parts([])) == []
+    assert list(latency_table._parts([1] * 5, 2)) == [[0, 1], [2, 3], [4]]
+    assert list(latency_table._parts([], 5)) == []
 
 
 def test_channels_last_is_a_shape_of_its_own() -> None:
@@ -145,3 +146,19 @@ def test_channels_last_is_a_shape_of_its_own() -> None:
     assert (last.channels_last, first.channels_last) == (True, False)
     assert last.key != first.key
     assert timed_layers([last], CPU)[0]
+
+
+def test_layers_run_in_onnx_runtime() -> None:
+    """Under keys of their own, beside those of eager mode."""
+    version = pytest.importorskip("onnxruntime").__version__
+    pytest.importorskip("onnx")
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(288, 5))
+    model, x = model.to(memory_format=torch.channels_last), torch.randn(2, 3, 8, 8)
+    noted = layer_shapes(model, x.to(memory_format=torch.channels_last), "onnxruntime")
+    shapes = [shape for called in noted.values() for shape in called]
+    assert [shape.type for shape in shapes] == ["Conv2d", "BatchNorm2d", "Linear"]
+    times = timed_layers(shapes, CPU)
+    assert all(len(rounds) == len(times[0]) >= 5 and min(rounds) > 0 for rounds in times)
+    keys = [shape.key for shape in shapes]
+    assert all(key.startswith(f"onnxruntime {version} ") for key in keys)
+    assert not {*keys} & {shape.key for called in layer_shapes(model, x).values() for shape in called}

@@ -598,3 +598,16 @@ def test_an_option_of_two_types_is_one_problem(good: Path, value: str) -> None:
     assert problems(good, f"prune.round_to={value}") == [f"--set prune.round_to={value}: {expected}"]
     for fine in ("auto", "8", "null"):
         load_recipe(good, [f"prune.round_to={fine}"])
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("report.runtimes=[compiled, compiled]", "expected each of them once, found compiled, compiled"),
+        ("report.runtimes=[eager]", "expected one of compiled, onnxruntime, found 'eager'"),
+        ("prune.runtime=onnx", "expected one of eager, compiled, onnxruntime, found 'onnx'"),
+    ],
+)
+def test_runtimes_that_there_are_not(good: Path, override: str, expected: str) -> None:
+    (problem,) = problems(good, override)
+    assert expected in problem

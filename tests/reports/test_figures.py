@@ -14,6 +14,7 @@ from dnr_plugin.recipe.load import load_recipe
 from dnr_plugin.reports import html as page
 from dnr_plugin.reports.figures import run as plots
 from dnr_plugin.reports.run_report import facts, markdown, summary_rows, write_report
+from dnr_plugin.reports.slow_layers import slow_layers
 from dnr_plugin.runs.run import run_recipe
 
 RECIPE = {"name": "made-up"}
@@ -250,3 +251,47 @@ def test_latency_is_told_as_predicted_and_measured() -> None:
     assert any(fact.startswith("Any number of channels") for fact in facts(timed | {"round_to": 1}))
     given = timed | {"recipe": {"name": "a", "prune": {"round_to": 16, "scope": "latency_aware"}}}
     assert not any(fact.startswith("Multiples") for fact in facts(given))
+
+
+def test_latency_is_told_by_runtime() -> None:
+    report = report_of({"name": "a"}, [], kept=0.5)
+    one = {"batch": 1, "dense_ms": 4.0, "pruned_ms": 2.0, "ratio": 0.5, "spread": 0.02}
+    slow = {**one, "runtime": "compiled", "batch": 32, "ratio": 0.9}
+    timed = report | {
+        "latencies": [{**one, "runtime": "eager"}, slow], "unmeasured": {"onnxruntime": "ONNX is not of that opinion"},
+    }  # fmt: skip
+    names = [row[0] for row in summary_rows(timed) if row[0].startswith("latency")]
+    assert names == ["latency, batch 1", "latency, batch 32, compiled"]
+    assert "Latency in onnxruntime was not measured: ONNX is not of that opinion." in facts(timed)
+    assert any("time to no less than 90.00 % at batch 32 in compiled: " in fact for fact in facts(timed))
+
+
+def test_layers_whose_time_did_not_fall_are_named_with_the_reason() -> None:
+    """By how much of the network's time they lack; what lacks little is not named."""
+    report = report_of({"name": "a", "prune": {"runtime": "onnxruntime"}}, [], kept=0.5)
+    flops = {"stairs": 40, "call": 20, "slow": 50, "fine": 50, "small": 50, "fourth": 90}
+    rows = [{**report["layers"][0], "name": name, "flops_before": 100, "flops_after": of} for name, of in flops.items()]
+
+    def time(name: str, after: float, least: float = 0.0, before: float = 10.0) -> dict[str, Any]:
+        kept, rounded = [16.0, 20.0 if name == "stairs" else 32.0], 32
+        narrowest = 32 if name == "slow" else 8
+        return {
+            "name": name, "before": before, "after": after, "least": least, "narrowest": [16, narrowest],
+            "kept": kept, "rounded": [16, rounded],
+        }  # fmt: skip
+
+    times = [
+        time("fine", 5.05), time("small", 0.09, before=0.1), time("slow", 6.5, 6.5), time("call", 6.0, 5.0),
+        time("stairs", 9.0, 1.0), time("fourth", 9.9), time("gone", 10.0),
+    ]  # fmt: skip
+    (line,) = slow_layers(report | {"layers": rows, "layer_times": times})
+    assert line == (
+        "Layers whose FLOPs fell most beyond their time, by times of single layers in onnxruntime: "
+        "stairs (FLOPs to 40 %, time to 90 %: 16 to 20 channels take as long as 16 to 32); "
+        "call (FLOPs to 20 %, time to 60 %: 50 % stay with 16 to 8 channels, for memory and the call); "
+        "slow (FLOPs to 50 %, time to 65 %: narrower, it takes longer for each FLOP)."
+    )
+    assert slow_layers(report) == slow_layers(report | {"layers": rows, "layer_times": times[:2]}) == []
+    assert line in facts(report | {"layers": rows, "layer_times": times})
+    compiled = report | {"recipe": {"name": "a", "prune": {"runtime": "compiled"}}, "layers": rows}
+    assert "single layers in eager mode: stairs" in slow_layers(compiled | {"layer_times": times})[0]

@@ -9,9 +9,10 @@ import yaml
 
 from dnr_plugin.dynamics.timetable import Timetable
 from dnr_plugin.errors import InputError
+from dnr_plugin.network.runtimes import Compiled, OnnxRuntime
 from dnr_plugin.pruning.layers import Limits
 from dnr_plugin.recipe.load import load_recipe
-from dnr_plugin.runs.checks import check_live_noise, limits_of
+from dnr_plugin.runs.checks import check_live_noise, check_recipe, limits_of
 from dnr_plugin.runs.timetable import check_timetable, timetable
 
 # 320 images in batches of 32: ten steps an epoch, ten epochs
@@ -117,6 +118,14 @@ def test_what_cannot_be_known_is_not_refused(tiny: Path) -> None:
             "scope: expected another with target flops, which counts no time, found latency_aware",
         ),
         (
+            ["prune.runtime=compiled"],
+            "runtime: expected nothing without target latency or round_to auto, which time, found compiled",
+        ),
+        (
+            ["prune.mode=dynamic", "prune.runtime=onnxruntime"],
+            "runtime: expected nothing with mode dynamic, found onnxruntime",
+        ),
+        (
             ["prune.dynamics={patience: 3}"],
             "dynamics: expected check_every alone with mode after_training, found patience",
         ),
@@ -199,3 +208,18 @@ def test_check_counts_images_that_only_the_folder_tells(
     said = capsys.readouterr().err
     assert "train.batch_size: expected at most 2, the number of training images" in said
     assert "prune.observe.min_samples: expected at most 2" in said
+
+
+def test_runtimes_that_this_machine_lacks_are_all_named(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before any training, one line each."""
+    monkeypatch.setattr(Compiled, "problem", lambda self: "no C++ compiler")
+    monkeypatch.setattr(OnnxRuntime, "problem", lambda self: "no onnx")
+    check_recipe(load_recipe(tiny))
+    overrides = ["prune.target={latency: 0.5}", "prune.runtime=onnxruntime", "report.runtimes=[compiled]"]
+    with pytest.raises(InputError) as caught:
+        check_recipe(load_recipe(tiny, overrides))
+    expected = "expected a runtime that can be used here, found"
+    assert caught.value.problems == (
+        f"prune.runtime: {expected} onnxruntime and no onnx",
+        f"report.runtimes: {expected} compiled and no C++ compiler",
+    )

@@ -20,11 +20,14 @@ from helpers.whole_runs import Killed, assert_same, events_of, lasting, stopping
 from torch import Tensor, nn
 
 from dnr_plugin import load_pruned
-from dnr_plugin.errors import InputError
+from dnr_plugin.errors import InputError, RunError
 from dnr_plugin.models import build as models
 from dnr_plugin.network.cost import flop_report
+from dnr_plugin.network.runtimes import OnnxRuntime
 from dnr_plugin.pruning import groups
 from dnr_plugin.pruning import plan as planning
+from dnr_plugin.pruning.latency import layer_shapes
+from dnr_plugin.pruning.latency_table import LayerShape
 from dnr_plugin.pruning.removal import prune_neurons
 from dnr_plugin.recipe.load import load_recipe
 from dnr_plugin.repair.network import repair_network
@@ -417,7 +420,10 @@ def test_latency_is_planned_from_a_table_and_told(tiny: Path, tmp_path: Path, mo
     """In two steps that keep the multiple which the first one measured; times are made up."""
     clock = stairs(4)
 
+    first = list[LayerShape]()  # of a layer in the dense network
+
     def latencies(models: list[nn.Module], inputs: Tensor) -> list[float]:
+        first.extend(layer_shapes(models[0], inputs)["layer4.0.conv1"])
         return [network_seconds(model, inputs, clock) for model in models]
 
     monkeypatch.setattr(planning, "latencies", latencies)
@@ -432,5 +438,87 @@ def test_latency_is_planned_from_a_table_and_told(tiny: Path, tmp_path: Path, mo
     assert all(row["channels_after"] % 4 == 0 for row in report["layers"] if row["type"] == "Conv2d")
     assert [row["batch"] for row in report["latencies"]] == [1, 8, 32]
     assert report["latency"] == report["latencies"][1]
+    conv = next(time for time in report["layer_times"] if time["name"] == "layer4.0.conv1")
+    assert conv["after"] < conv["before"]
+    row = next(row for row in report["layers"] if row["name"] == "layer4.0.conv1")
+    assert conv["kept"][1] == pytest.approx(row["channels_after"])
+    assert conv["before"] == pytest.approx(clock(first[0]))  # of the dense network, not of the one after the first step
     assert "was predicted from times of layers" in (tmp_path / "run" / "report.md").read_text()
     assert stored_report(tmp_path / "run" / "report.json") == report
+
+
+def test_latency_is_reported_by_runtime(tiny: Path, tmp_path: Path) -> None:
+    """In batches of one and of many beside eager mode; where a network cannot be run, the report says why."""
+    for name in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(name)
+    short = ["train.epochs=1", "finetune.epochs=0", "data.train_size=96", "model={name: mlp, hidden: [16]}"]
+    recipe = load_recipe(tiny, [*short, "report.runtimes=[onnxruntime]"])
+    report = run_recipe(recipe, tmp_path / "run")
+    measured = [(row["runtime"], row["batch"]) for row in report["latencies"]]
+    assert measured == [("eager", 1), ("eager", 8), ("eager", 32), ("onnxruntime", 1), ("onnxruntime", 32)]
+    assert all(row["dense_ms"] > 0 and row["pruned_ms"] > 0 and row["spread"] >= 0 for row in report["latencies"])
+    assert (report["latency"], report["unmeasured"]) == (report["latencies"][1], {})
+    assert "| latency, batch 32, onnxruntime |" in (tmp_path / "run" / "report.md").read_text()
+    assert stored_report(tmp_path / "run" / "report.json") == report
+
+
+def test_a_target_is_met_in_its_runtime(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The network is tried in it before training, planned with times of layers in it, and reported in it; where it can
+    no longer be run at the end, the report says so."""
+    prepared, clock = list[nn.Module](), stairs(4)
+
+    def prepare(self: OnnxRuntime, model: nn.Module, inputs: Tensor) -> nn.Module:
+        prepared.append(model)
+        if len(inputs) == removal_stage.MANY:
+            raise RunError("ONNX cannot express this model: it is too large")
+        return model
+
+    def latencies(models: list[nn.Module], inputs: Tensor) -> list[float]:
+        assert len(inputs) == removal_stage.TIMED
+        return [network_seconds(model, inputs, clock) for model in models]
+
+    monkeypatch.setattr(OnnxRuntime, "prepared", prepare)
+    monkeypatch.setattr(OnnxRuntime, "problem", lambda self: None)
+    monkeypatch.setattr(OnnxRuntime, "version", "onnxruntime 1.0")
+    monkeypatch.setattr(planning, "latencies", latencies)
+    short = ["train.epochs=1", "finetune.epochs=0", "data.train_size=96", "model.width=8"]
+    timed = ["prune.target={latency: 0.7}", "prune.scope=latency_aware", "prune.runtime=onnxruntime"]
+    report = run_recipe(load_recipe(tiny, [*short, *timed]), tmp_path / "run")
+    assert prepared[0] is not prepared[1]  # the one that is tried, and the dense one of the plan
+    assert report["target"]["reached"]
+    assert report["target"]["achieved"] <= 0.7
+    measured = [(row["runtime"], row["batch"]) for row in report["latencies"]]
+    assert measured == [*(("eager", batch) for batch in (1, 8, 32)), ("onnxruntime", 1), ("onnxruntime", 8)]
+    told = facts(report)
+    assert told[0].startswith("Target latency in onnxruntime: 0.7 requested, ")
+    assert "Latency in onnxruntime was not measured: ONNX cannot express this model: it is too large." in told
+    assert stored_report(tmp_path / "run" / "report.json") == report
+
+
+def test_a_network_that_its_runtime_cannot_run_is_refused_before_training(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def prepare(self: OnnxRuntime, model: nn.Module, inputs: Tensor) -> nn.Module:
+        raise RunError("ONNX cannot express this model: sorry")
+
+    monkeypatch.setattr(OnnxRuntime, "prepared", prepare)
+    monkeypatch.setattr(OnnxRuntime, "problem", lambda self: None)
+    recipe = load_recipe(tiny, ["prune.target={latency: 0.7}", "prune.runtime=onnxruntime"])
+    with pytest.raises(
+        InputError, match=r"^prune\.runtime: expected one that can run the network, found onnxruntime: ONNX cannot"
+    ):
+        run_recipe(recipe, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_is_reported_may_change_until_the_end(tiny: Path, tmp_path: Path) -> None:
+    """An interrupted run takes other runtimes to report, a finished one does not."""
+    folder = tmp_path / "run"
+    with pytest.raises(Killed):
+        run_recipe(load_recipe(tiny), folder, track=stopping_after(12))
+    other = load_recipe(tiny, ["report.runtimes=[compiled]"])
+    assert run_folder.check_folder(folder, other, resume=True) is None
+    report = run_recipe(load_recipe(tiny), folder, resume=True)
+    assert [row["runtime"] for row in report["latencies"]] == ["eager"] * 3
+    with pytest.raises(InputError, match=r"report\.runtimes: \[\], \[\"compiled\"\]"):
+        run_recipe(other, folder, resume=True)

@@ -46,7 +46,7 @@ _CELLS = "cells.jsonl"
 # Options that decide nothing here: the grid stands in for them, and nothing is folded.
 _FREE = (
     "name", "description", "seed",
-    "prune.target.", "prune.score", "prune.scope", "prune.steps", "prune.fold", "prune.repair:",
+    "prune.target.", "prune.score", "prune.scope", "prune.steps", "prune.fold", "prune.repair:", "report.",
 )  # fmt: skip
 Cell = dict[str, Any]
 
@@ -240,12 +240,13 @@ def _run_cells(ground: Ground, keys: Sequence[Key], finetune: bool) -> Iterator[
 def _fill(cell: Cell, ground: Ground, key: Key, criterion: Criterion, scored: nn.Module, finetune: bool) -> None:
     """Prunes and tests; notes the reason where that is not possible."""
     torch.manual_seed(derive_seed(key.seed, key.criterion, key.scope, str(key.level)))  # what "random" draws from
+    runtime = ground.recipe.prune.runtime if ground.limits.round_to == "auto" else "eager"  # else nothing is timed
     trial = criterion.unchanged() if isinstance(criterion, DyingNeuronImportance) else contextlib.nullcontext()
     try:
         with trial:
             plan = plan_removal(
                 scored, ground.example, criterion, "flops", key.level, scope=key.scope, limits=ground.limits,
-                dense=ground.dense,
+                dense=ground.dense, runtime=runtime,
             )  # fmt: skip
     except Exception as error:  # a scope that the criterion has not, a level that it cannot reach, or anything
         cell["reason"] = _reason(error)
