@@ -19,7 +19,8 @@ _HARDER = (3.0, 10.0)  # where there are few rows
 _COARSE = 1e-3  # from here on the damping is far beyond the rounding of float32
 HELD_OUT = 0.25  # share of the images that chooses among them
 _TRIED = 128  # outputs that they are tried with, at most
-_RECTIFIED = 3  # rounds in which outputs below zero are let go
+_RECTIFIED = 3  # rounds, at most, in which outputs below zero are let go,
+_WORTH = 0.05  # as long as the last one took so much of what lacks
 
 
 @dataclass
@@ -84,9 +85,14 @@ class Task:
         else:
             rows, solver = slice(None), _ByInputs(self, first.add_(_Moments.of(self.x[held], y[held])))
         weights, constants = solver.solve(damping)
+        least = math.inf
         for _ in range(_RECTIFIED if self.rectified else 0):
+            outputs = self._outputs(weights, constants)
+            before, least = least, self.lacking(outputs)
+            if least > (1.0 - _WORTH) * before:  # the next round would gain less again
+                break
             # below zero the outputs need not agree, only stay below
-            free = torch.minimum(self._outputs(weights, constants), -self.other)
+            free = torch.minimum(outputs, -self.other)
             solver = solver.towards(self.x[rows], torch.where(self.goal <= 0, free, y)[rows])
             weights, constants = solver.solve(damping)
         return replace(self, weights=weights, constants=constants, damping=damping)
