@@ -55,6 +55,11 @@ def _add_sums(total: Tensor, a: Tensor, b: Tensor) -> None:
     total[-1, -1] += len(a)
 
 
+def submatrix(a: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Some rows and columns of the last two dimensions, int64; ``a[rows][:, columns]`` takes ten times as long."""
+    return a.index_select(-2, rows).index_select(-1, columns)
+
+
 TINY = 1e-30
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dnr_plugin.linalg import add_outer_products, damped_inverse, mirror
+from dnr_plugin.linalg import add_outer_products, damped_inverse, mirror, submatrix
 from dnr_plugin.network.kinds import consumer
 
 # Patches of up to this many values are read whole; of wider layers, and transposed ones, channels alone.
@@ -121,7 +121,7 @@ class Moments:
         sums, kept = self.sums, copy.copy(self)
         columns = columns.to(sums.device)
         kept._inverse = None
-        kept._sums = sums[:, columns][:, :, columns]
+        kept._sums = submatrix(sums, columns, columns)
         return kept
 
     def state_dict(self) -> dict[str, Any]:

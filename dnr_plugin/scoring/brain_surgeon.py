@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dnr_plugin.linalg import TINY, damped_inverse, factor
+from dnr_plugin.linalg import TINY, damped_inverse, factor, submatrix
 
 Matrix = np.ndarray[Any, np.dtype[np.float64]]
 Index = np.ndarray[Any, np.dtype[np.int64]]
@@ -146,7 +146,7 @@ class _State:
             self.inverse = reader.inverse.clone()
             self.weights = reader.weights.T.clone(memory_format=torch.contiguous_format)
         else:
-            self.inverse, self.weights = reader.inverse[own][:, own], reader.weights.T[own]
+            self.inverse, self.weights = submatrix(reader.inverse, own, own), reader.weights.T[own]
         self.neurons, self.stays = reader.neurons, torch.ones(len(reader.neurons), dtype=torch.bool)
         self.block = torch.full((neurons,), -1)
         self.block[self.neurons] = torch.arange(len(self.neurons))
@@ -189,7 +189,7 @@ class _State:
         self.block[neurons] = -1
         if int(self.stays.sum()) < _COMPACT * len(self.stays):
             own = self._columns(self.stays.nonzero().flatten())
-            self.inverse, self.weights = self.inverse[own][:, own], self.weights[own]
+            self.inverse, self.weights = submatrix(self.inverse, own, own), self.weights[own]
             self.neurons, self.stays = self.neurons[self.stays], self.stays[self.stays]
             self.block[self.neurons] = torch.arange(len(self.neurons))
 
@@ -295,9 +295,11 @@ def reproduce(covariances: Sequence[Tensor], gone: Tensor, weights: Tensor) -> T
         worse by every fit to the other.
     """
 
+    stays = (~gone).nonzero().flatten()
+
     def fit(covariance: Tensor, damping: float) -> Tensor:
-        kept = covariance[~gone][:, ~gone]
-        cross = weights[:, gone] @ covariance[gone][:, ~gone]
+        kept = submatrix(covariance, stays, stays)
+        cross = weights[:, gone] @ submatrix(covariance, gone.nonzero().flatten(), stays)
         return torch.cholesky_solve(cross.T, factor(kept, damping)).T
 
     def error(change: Tensor, covariance: Tensor) -> float:
