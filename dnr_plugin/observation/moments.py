@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -219,6 +219,22 @@ class BlockMoments:
         """Goes on from what `state_dict` returned, for as many inputs."""
         for block, values in zip(self.blocks, state["blocks"], strict=True):
             block.load_state_dict(values)
+
+
+def share(moments: Iterable[Moments]) -> None:
+    """Lets those that are the same to the bit keep one copy of their sums, as query, key and value do.
+
+    Args:
+        moments: to which no batch will be added.
+    """
+    known: dict[tuple[Any, ...], list[Moments]] = {}
+    for own in moments:
+        alike = known.setdefault((own.sums.shape, own.batches, float(own.sums.sum())), [])
+        twin = next((other for other in alike if torch.equal(other.sums, own.sums)), None)
+        if twin is None:
+            alike.append(own)
+        else:
+            own._sums = twin._sums
 
 
 def moments_of(module: nn.Module, device: torch.device | str) -> Moments | BlockMoments | None:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from dnr_plugin.network.calling import Pausable, eager, module_names, uncompiled
 from dnr_plugin.network.kinds import consumer, is_consumer
 from dnr_plugin.observation.activity import Activity
-from dnr_plugin.observation.moments import moments_of
+from dnr_plugin.observation.moments import moments_of, share
 
 
 def _in_backward() -> bool:
@@ -224,5 +224,6 @@ class Observer(Pausable):
                 self.activities[name].merge(activity)
             else:
                 self.activities[name] = activity
+        share(block for a in self.activities.values() if a.moments is not None for block in a.moments.blocks)
         self._by_device.clear()
         self._recent.clear()

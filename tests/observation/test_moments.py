@@ -102,6 +102,40 @@ def test_wide_moments_are_symmetric_whenever_they_are_read() -> None:
             torch.testing.assert_close(moments.sums.sum(0), x.T.double() @ x.double(), **ROUNDING)
 
 
+class _Branches(nn.Module):
+    """Two layers read one tensor, a third another one; on some calls the second does, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.a, self.b, self.c = (nn.Linear(5, 5) for _ in range(4))
+        self.apart = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x).relu()
+        return self.a(x) + self.b(x.flip(0) + 1.0 if self.apart else x) + self.c(2 * x)
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_layers_that_read_the_same_share_memory(again: bool) -> None:
+    """And are told apart as soon as they read something else, also in a later context."""
+    model, batches = _Branches(), torch.randn(2, 6, 5, generator=torch.Generator().manual_seed(0))
+    watching = Observer(model, moments=True)
+    with torch.no_grad(), watching:
+        model(batches[0])
+    a, b, c = (watching.activities[name].moments for name in "abc")
+    assert a.sums.data_ptr() == b.sums.data_ptr() != c.sums.data_ptr()
+    if not again:
+        return
+    model.apart = True
+    with torch.no_grad(), watching:
+        model(batches[1])
+    x = model.first(batches.detach()).relu()
+    read = {"a": x, "b": torch.stack([x[0], x[1].flip(0) + 1.0]), "c": 2 * x}
+    for name, values in read.items():
+        rows = F.pad(values.detach().flatten(0, 1), (0, 1), value=1.0).double()
+        torch.testing.assert_close(watching.activities[name].moments.sums.sum(0), rows.T @ rows, **ROUNDING)
+
+
 def test_two_merged_are_as_one() -> None:
     one, other, both = read(0, 1), read(2, 3), read(0, 1, 2, 3)
     merged = one.merged(other)
