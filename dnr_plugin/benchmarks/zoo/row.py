@@ -69,6 +69,7 @@ def try_network(entry: Entry, flops: float, tell: Callable[[str, Any], None]) ->
     tell("neurons", plan.dense_neurons)
     tell("left", [list(pair) for pair in plan.skipped])
     prune_neurons(model, example, plan.removals, importance=importance)
+    del importance  # whose second moments take more memory than the largest networks
     after = flop_report(model, example)
     tell("pruned", {"flops": after.flops, "params": after.params})
     tell("neurons_removed", plan.removed)
