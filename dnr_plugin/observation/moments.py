@@ -16,7 +16,7 @@ from dnr_plugin.network.kinds import consumer
 # Patches of up to this many values are read whole; of wider layers, and transposed ones, channels alone.
 MAX_PATCH = 1152
 # Of layers that read more than this, moments of all inputs together would outgrow memory; blocks are of so many.
-MAX_FEATURES, BLOCK = 3072, 1024
+MAX_FEATURES, BLOCK = 2048, 1024
 # Rows that are read of small and of large batches, and of each sample in between.
 _FEW, _MANY, _PER_SAMPLE = 512, 2048, 16
 _ROUNDING = 1e-6  # of sums of float32 products
@@ -174,6 +174,7 @@ class BlockMoments:
 
     Args:
         channels: C.
+        blocks: how many, equally wide up to one channel.
         device: of the sums.
 
     Attributes:
@@ -183,8 +184,8 @@ class BlockMoments:
 
     features = 1
 
-    def __init__(self, channels: int, device: torch.device | str = "cpu") -> None:
-        edges = [round(share * channels) for share in torch.linspace(0, 1, -(-channels // BLOCK) + 1).tolist()]
+    def __init__(self, channels: int, blocks: int, device: torch.device | str = "cpu") -> None:
+        edges = [channels * number // blocks for number in range(blocks + 1)]
         self.blocks = [Moments(stop - start, 1, device) for start, stop in itertools.pairwise(edges)]
 
     def update(self, module: nn.Module, a: Tensor) -> None:
@@ -238,9 +239,11 @@ def share(moments: Iterable[Moments]) -> None:
 
 
 def moments_of(module: nn.Module, device: torch.device | str) -> Moments | BlockMoments | None:
-    """Empty ones for what a layer reads; None for groups of channels that are too many for memory."""
+    """Empty ones for what a layer reads; None for groups of channels that are too wide for memory."""
     kind = consumer(module)
-    channels, features = kind.channels[0], kind.features(MAX_PATCH)
+    channels, features, groups = kind.channels[0], kind.features(MAX_PATCH), kind.blocks
     if channels * features <= MAX_FEATURES:
         return Moments(channels, features, device)
-    return BlockMoments(channels, device) if kind.blocks == 1 else None
+    if channels // groups > MAX_FEATURES and groups > 1:
+        return None
+    return BlockMoments(channels, groups if groups > 1 else -(-channels // BLOCK), device)

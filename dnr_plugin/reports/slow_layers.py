@@ -19,6 +19,8 @@ def slow_layers(report: Mapping[str, Any]) -> list[str]:
         report: of a run; earlier versions' have no times of layers.
     """
     times = report.get("layer_times") or []
+    if not times:
+        return []
     flops = {row["name"]: (row["flops_before"], row["flops_after"]) for row in report["layers"]}
     whole = sum(time["before"] for time in times)
     lacking = []

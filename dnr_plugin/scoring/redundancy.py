@@ -102,12 +102,12 @@ def _parts(e: Evidence, matrices: int) -> list[list[_Part]]:
         # groups that are too wide for moments: nothing is known of how their inputs go together
         return _covariance(moments) if isinstance(moments, Moments) else e.activity.variance.cpu()
 
-    if moments is not None and matrices == 1:
+    if moments is not None and (matrices == 1 or len(moments.blocks) == matrices):
         parts, first = [], 0
         for block in moments.blocks:
             parts.append(part(first, block.channels, partial(_covariance, block), block))
             first += block.channels
-        return [parts]
+        return [parts] if matrices == 1 else [[own] for own in parts]
     size, features = e.activity.channels // matrices, moments.features if isinstance(moments, Moments) else 1
 
     def inside(first: int) -> Tensor:

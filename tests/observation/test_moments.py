@@ -195,7 +195,9 @@ def test_observers_gather_moments_only_where_asked_and_affordable() -> None:
     sizes = [block.channels for block in wider.blocks]
     assert sum(sizes) == MAX_FEATURES + 1
     assert max(sizes) <= min(BLOCK, min(sizes) + 1)
-    assert moments_of(nn.Conv2d(MAX_FEATURES + 2, 4, 1, groups=2), "cpu") is None
+    grouped = moments_of(nn.Conv2d(MAX_FEATURES + 2, 4, 1, groups=2), "cpu")
+    assert [block.channels for block in grouped.blocks] == [MAX_FEATURES // 2 + 1] * 2
+    assert moments_of(nn.Conv2d(2 * MAX_FEATURES + 2, 4, 1, groups=2), "cpu") is None
     assert consumer(nn.Conv2d(MAX_PATCH // 9, 2, 3)).features(MAX_PATCH) == 9
     assert consumer(nn.Conv2d(MAX_PATCH // 9 + 1, 2, 3)).features(MAX_PATCH) == 1
     assert consumer(nn.ConvTranspose2d(3, 2, 3)).features(MAX_PATCH) == 1
@@ -215,10 +217,10 @@ def test_blocks_are_the_diagonal_of_the_whole(monkeypatch: pytest.MonkeyPatch) -
         for moments in (whole, blocks, second if number % 2 else first):
             moments.update(module, a)
     assert isinstance(blocks, BlockMoments)
-    assert [block.channels for block in blocks.blocks] == [6, 5, 6]
+    assert [block.channels for block in blocks.blocks] == [5, 6, 6]
     again = moments_of(module, "cpu")
     again.load_state_dict(copy.deepcopy(blocks.state_dict()))
-    kept, some = torch.tensor([0, 5, 11, 16]), whole.kept(torch.tensor([0, 5, 11, 16]))
+    kept, some = torch.tensor([0, 4, 11, 16]), whole.kept(torch.tensor([0, 4, 11, 16]))
     start = 0
     merged = first.merged(second)
     for block, other, both in zip(blocks.blocks, again.blocks, merged.blocks, strict=True):
@@ -267,6 +269,15 @@ def test_wide_layers_are_scored_by_blocks(monkeypatch: pytest.MonkeyPatch) -> No
     assert blocks[[2, 11]].min() > 0.1 * blocks.median()
     rest = [3, 4, 5, 6, 7, 8, 9, 10]
     assert torch.corrcoef(torch.stack([whole[rest].log(), blocks[rest].log()]).float())[0, 1] > 0.5
+
+
+def test_groups_of_a_wide_convolution_are_scored_as_those_of_a_narrow_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their blocks are the groups, between which nothing is to be known."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(2, 12, 3), nn.ReLU(), nn.Conv2d(12, 9, 1, groups=3), nn.ReLU(), nn.Flatten(), nn.Linear(9, 4)]
+    model, x = nn.Sequential(*layers).eval(), torch.randn(64, 2, 3, 3)
+    whole, blocks = _wide(monkeypatch, model, x, None), _wide(monkeypatch, model, x, 10)
+    torch.testing.assert_close(blocks, whole)
 
 
 def test_too_wide_layers_are_named_by_repair(monkeypatch: pytest.MonkeyPatch) -> None:
