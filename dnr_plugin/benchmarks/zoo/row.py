@@ -6,7 +6,7 @@ import contextlib
 import math
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -40,16 +40,13 @@ def try_network(entry: Entry, flops: float, tell: Callable[[str, Any], None]) ->
     Raises:
         InputError, RunError: it cannot be done, with the reason.
     """
-    torch.manual_seed(0)
     started = time.perf_counter()
-    model = rebuild(entry.builder, allow_import=True)
-    _spread(model)
     images = [_images(entry, 2, seed) for seed in range(_IMAGES // 2)]
     example = images[0]
-    with contextlib.suppress(InputError):  # none that can be split
-        attention = split_attention(model, example, images)
+    model, attention = _built(entry, example, images)
+    if attention is not None:
         tell("attention", {"split": len(split_modules(model)), "left": attention})
-    dense = copied(model)
+    reference = eval_outputs(model, example)
     importance = DyingNeuronImportance()
     with importance.observe(model), kept_modes(model), torch.no_grad():
         model.eval()
@@ -75,9 +72,11 @@ def try_network(entry: Entry, flops: float, tell: Callable[[str, Any], None]) ->
     tell("neurons_removed", plan.removed)
     if entry.trains:
         _step(model, example)
+    dense, _ = _built(entry, example, images)  # a copy that is kept from the start fills the memory
+    if not all(torch.equal(a, b) for a, b in zip(reference, eval_outputs(dense, example), strict=True)):
+        raise RunError("its builder was expected to make the same weights from the same seed, found others")
     pruned = copied(model)
     repairs = repair_network(pruned, dense, example, plan.removals, images)
-    reference = eval_outputs(dense, example)
     errors = [output_difference(reference, eval_outputs(m, example))[1] for m in (model, pruned)]
     tell("error", [error if math.isfinite(error) else None for error in errors])  # detectors give what boxes they find
     tell("repaired", sum(repair.damping is not None for repair in repairs))
@@ -90,6 +89,16 @@ def try_network(entry: Entry, flops: float, tell: Callable[[str, Any], None]) ->
     if not all(same):
         raise RunError("the reloaded model gives other outputs")
     tell("seconds", time.perf_counter() - started)
+
+
+def _built(entry: Entry, example: Any, images: Sequence[Tensor]) -> tuple[nn.Module, dict[str, str] | None]:
+    """The network with its attention split, always of the same weights; and attention that was left, if it has any."""
+    torch.manual_seed(0)
+    model = rebuild(entry.builder, allow_import=True)
+    _spread(model)
+    with contextlib.suppress(InputError):  # none that can be split
+        return model, split_attention(model, example, images)
+    return model, None
 
 
 def _images(entry: Entry, count: int, seed: int) -> Tensor:
