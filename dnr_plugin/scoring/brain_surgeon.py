@@ -16,7 +16,7 @@ columns of a layer's weights as in Frantar and Alistarh, *Optimal Brain Compress
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,12 +47,14 @@ class Reader:
         weights: rows of outputs, in units that compare between layers, float64, shape [O, F].
         neurons: the neurons that it reads, shape [K].
         columns: the inputs that carry each of these, shape [K, M].
+        kept: whether the inverse is used elsewhere, and has to stay what it is.
     """
 
     inverse: Tensor
     weights: Tensor
     neurons: Tensor
     columns: Tensor
+    kept: bool = False
 
 
 def inverse_of(covariance: Tensor) -> Tensor:
@@ -62,11 +64,11 @@ def inverse_of(covariance: Tensor) -> Tensor:
     return damped_inverse(covariance, DAMPING)
 
 
-def damages(readers: Sequence[Reader], neurons: int) -> tuple[list[int], Tensor]:
+def damages(readers: Iterable[Reader], neurons: int) -> tuple[list[int], Tensor]:
     """Removes neurons one by one, always the one that costs least as far as `_round` sees, correcting what remains.
 
     Args:
-        readers: all layers that read the neurons.
+        readers: all layers that read the neurons; their inverses are overwritten.
         neurons: n.
 
     Returns:
@@ -142,8 +144,8 @@ class _State:
     def __init__(self, reader: Reader, neurons: int) -> None:
         own = reader.columns.flatten()  # what a removal does to inputs of other groups decides nothing
         self.features = reader.columns.shape[1]
-        if torch.equal(own, torch.arange(len(reader.inverse))):  # nearly always; a copy takes a fifth of a selection
-            self.inverse = reader.inverse.clone()
+        if torch.equal(own, torch.arange(len(reader.inverse))):  # nearly always
+            self.inverse = reader.inverse.clone() if reader.kept else reader.inverse
             self.weights = reader.weights.T.clone(memory_format=torch.contiguous_format)
         else:
             self.inverse, self.weights = submatrix(reader.inverse, own, own), reader.weights.T[own]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -20,8 +20,8 @@ from dnr_plugin.scoring.brain_surgeon import DAMPING, Reader, damages, inverse_o
 from dnr_plugin.scoring.evidence import Evidence
 
 
-def readers(graph: tp.DependencyGraph, evidence: Sequence[Evidence]) -> list[Reader]:
-    """A group's consumers as `brain_surgeon.damages` takes them.
+def readers(graph: tp.DependencyGraph, evidence: Sequence[Evidence]) -> Iterator[Reader]:
+    """A group's consumers as `brain_surgeon.damages` takes them, made one after the other.
 
     Outputs count in units of what follows: behind a BatchNorm, as it scales them; else relative to their own spread.
 
@@ -29,16 +29,50 @@ def readers(graph: tp.DependencyGraph, evidence: Sequence[Evidence]) -> list[Rea
         graph: of the model.
         evidence: every consumer of the group; variances stand in for second moments where there are none.
 
-    Returns:
-        One reader for each consumer, or for each of its groups that read the neurons.
+    Yields:
+        One reader for each tensor that is read, as by query, key and value, or for each of its blocks, or of the groups
+        of a convolution.
 
     Raises:
         Unscored: neurons with different numbers of channels at one consumer.
     """
-    return [reader for e in evidence for reader in _readers(graph, e)]
+    for first, *others in _by_tensor(evidence):
+        own = _readers(graph, first)
+        if others and len(own) == 1:
+            weights = [own[0].weights]
+            for e in others:
+                (reader,) = _readers(graph, e, own[0].inverse)
+                weights.append(reader.weights)
+            own = [replace(own[0], weights=torch.cat(weights))]
+        else:
+            own += [reader for e in others for reader in _readers(graph, e)]
+        yield from own
 
 
-def _readers(graph: tp.DependencyGraph, e: Evidence) -> list[Reader]:
+def _by_tensor(evidence: Sequence[Evidence]) -> list[list[Evidence]]:
+    """Consumers that read the same channels of one tensor together, each of them as a whole."""
+    alike: list[list[Evidence]] = []
+    for e in evidence:
+        mine, use = e.activity.moments, e.use
+        for others in alike:
+            theirs, there = others[0].activity.moments, others[0].use
+            if (
+                isinstance(mine, Moments)
+                and isinstance(theirs, Moments)
+                and mine.sums.data_ptr() == theirs.sums.data_ptr()
+                and consumer(use.module).blocks == consumer(there.module).blocks == 1
+                and torch.equal(use.neurons, there.neurons)
+                and torch.equal(use.channels, there.channels)
+            ):
+                others.append(e)
+                break
+        else:
+            alike.append([e])
+    return alike
+
+
+def _readers(graph: tp.DependencyGraph, e: Evidence, inverse: Tensor | None = None) -> list[Reader]:
+    """Of one consumer; with the inverse, if it is known already."""
     module, moments = e.use.module, e.activity.moments
     features = 1 if moments is None else moments.features
     matrices = consumer(module).matrices(features)
@@ -65,9 +99,10 @@ def _readers(graph: tp.DependencyGraph, e: Evidence) -> list[Reader]:
             if len(by_count) > 1 and len(parts) == 1:
                 raise Unscored("its neurons have different numbers of channels at one layer")
             for neurons, channels in by_count:  # the channels of a few lie in two blocks
-                inverse = part.moments.inverse(DAMPING) if shared and part.moments else inverse_of(part.covariance())
+                known = part.moments.inverse(DAMPING) if shared and part.moments else inverse
                 own = (channels[:, :, None] * features + torch.arange(features)).flatten(1)
-                readers.append(Reader(inverse, scaled[:, inside], neurons, own))
+                used = inverse_of(part.covariance()) if known is None else known
+                readers.append(Reader(used, scaled[:, inside], neurons, own, kept=known is not None))
     return readers
 
 

@@ -126,7 +126,7 @@ def test_rounds_take_what_one_by_one_would(neurons: int, features: tuple[int, ..
         made_of.append((inverse_of(torch.from_numpy(np.cov(x.T, bias=True))), torch.from_numpy(w), m))
     columns = {m: torch.arange(neurons * m).view(neurons, m) for m in features}
     before = [(p.clone(), w.clone()) for p, w, _ in made_of]
-    order, costs = damages([Reader(p, w, torch.arange(neurons), columns[m]) for p, w, m in made_of], neurons)
+    order, costs = damages([Reader(p.clone(), w, torch.arange(neurons), columns[m]) for p, w, m in made_of], neurons)
     expected, each = greedy([(p.numpy(), w.numpy(), m) for p, w, m in made_of], neurons)
     assert sorted(order) == [*range(neurons)]
     for share in (4, 2):

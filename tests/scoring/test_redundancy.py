@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import pytest
 import torch
@@ -12,6 +12,7 @@ from helpers.networks import images, make
 from torch import nn
 
 from dnr_plugin.scoring import redundancy
+from dnr_plugin.scoring.brain_surgeon import Reader
 from dnr_plugin.scoring.importance import DyingNeuronImportance
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is left alone.*")
@@ -80,3 +81,42 @@ def test_a_score_is_the_callers_own() -> None:
         if score is not None:
             score.zero_()
     assert all(score is None or bool((score > 0).all()) for score in (importance(group) for _, group in groups(model)))
+
+
+class _Branches(nn.Module):
+    """Three layers read one tensor, one of them a part of it in each group, and a fourth another one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.q, self.k, self.g = nn.Conv2d(8, 4, 1), nn.Conv2d(8, 5, 1), nn.Conv2d(8, 6, 1, groups=2)
+        self.other = nn.Conv2d(8, 3, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x).relu()
+        outputs = [layer(x).mean((2, 3)) for layer in (self.q, self.k, self.g)]
+        return torch.cat([*outputs, self.other(2 * x).mean((2, 3))], 1)
+
+
+def test_readers_of_one_tensor_are_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And lose what they lose apart."""
+    torch.manual_seed(0)
+    model = _Branches().eval()
+    made: list[list[int]] = []
+    damages = redundancy.damages
+
+    def noted(readers: Iterable[Reader], neurons: int) -> tuple[list[int], torch.Tensor]:
+        every = [*readers]
+        made.append([len(reader.weights) for reader in every])
+        return damages(every, neurons)
+
+    monkeypatch.setattr(redundancy, "damages", noted)
+    scores = []
+    for together in (True, False):
+        if not together:
+            monkeypatch.setattr(redundancy, "_by_tensor", lambda evidence: [[e] for e in evidence])
+        importance = observed(model, score="redundancy")
+        scores.append(next(importance(group) for root, group in groups(model) if root == "stem"))
+    assert sorted(made[0]) == [3, 3, 3, 9]
+    assert sorted(next(sizes for sizes in made[1:] if len(sizes) == 5)) == [3, 3, 3, 4, 5]
+    torch.testing.assert_close(scores[0], scores[1])
