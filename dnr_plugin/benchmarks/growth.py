@@ -44,7 +44,8 @@ def growth_table(results: Sequence[Overhead]) -> Table:
     head = ["network", "images", "forward passes, s", *(f"{stage}, s" for stage in STAGES), "memory at the peak"]
     rows = []
     for result in results:
-        peaks = [cost.peak_bytes for cost in result.calibration if cost.peak_bytes is not None]
+        stages = [cost for cost in result.calibration if cost.name.startswith(tuple(STAGES.values()))]
+        peaks = [cost.peak_bytes for cost in stages if cost.peak_bytes is not None]
         memory = f"{max(peaks) / 2**20:,.0f} MiB" if peaks else "-"
         times = (result.calibration[0].seconds, *(_seconds(result, stage) for stage in STAGES))
         s = result.setting

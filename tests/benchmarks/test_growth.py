@@ -18,6 +18,7 @@ def result(width: int) -> Overhead:
     seconds = {"observing": 1.5 * passed, "scoring": 1e-4 * width**3, "planning": 2.0, "repair": 1e-3 * width**3}
     costs = [Cost("forward passes", passed, 1.0, None)]
     costs += [Cost(STAGES[stage], time, time / passed, width * 2**20) for stage, time in seconds.items()]
+    costs.append(Cost("another criterion", 1.0, 1.0, 2**40))
     return Overhead(Setting(width=width).resolved(), costs, [], "a machine", (1.0, 1.0))
 
 
