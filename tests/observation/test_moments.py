@@ -271,6 +271,33 @@ def test_wide_layers_are_scored_by_blocks(monkeypatch: pytest.MonkeyPatch) -> No
     assert torch.corrcoef(torch.stack([whole[rest].log(), blocks[rest].log()]).float())[0, 1] > 0.5
 
 
+def test_a_group_that_lies_in_one_block_of_a_concatenation_is_scored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the whole does where the blocks are the branches, which know nothing of each other."""
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.last = nn.Conv2d(2, 6, 1), nn.Conv2d(2, 6, 1), nn.Conv2d(12, 3, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.last(torch.cat([self.a(x[:, :2]).relu(), self.b(x[:, 2:]).relu()], 1))
+
+    torch.manual_seed(0)
+    model, x = Two().eval(), torch.randn(3000, 4, 2, 2)  # independent branches
+    scores = {}
+    for block in (None, 6):
+        with monkeypatch.context() as patch:
+            if block is not None:
+                _blocked(patch, 8, block)
+            importance = DyingNeuronImportance("redundancy", share=1.0)
+            with torch.no_grad(), importance.observe(model):
+                model(x)
+            graph = build_graph(model, x[:2])
+            prune = graph.get_pruner_of_module(model.b).prune_out_channels
+            scores[block] = importance(graph.get_pruning_group(model.b, prune, [*range(6)]))
+    torch.testing.assert_close(scores[6], scores[None], rtol=0.1, atol=1e-3)
+
+
 def test_groups_of_a_wide_convolution_are_scored_as_those_of_a_narrow_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """Their blocks are the groups, between which nothing is to be known."""
     torch.manual_seed(0)
