@@ -136,7 +136,7 @@ def test_a_command_runs(
     arguments = shlex.split(command, comments=True)[1:]
     if "data.root=data" in arguments:
         arguments[arguments.index("data.root=data")] = f"data.root={request.getfixturevalue('cifar10')}"
-    if arguments[0] in ("run", "sweep", "export") or arguments[:2] in (["bench", "criteria"], ["bench", "zoo"]):
+    if "--output" in arguments or arguments[0] in ("run", "sweep"):  # nothing is written into the repository
         while "--output" in arguments:
             place = arguments.index("--output")
             del arguments[place : place + 2]
