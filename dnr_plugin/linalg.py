@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dnr_plugin.errors import RunError
 
-_BLOCK = 512  # columns of outer products that are summed together
+_BLOCK = 192  # columns of outer products that are summed together: of square blocks on the diagonal half is in vain
 
 
 def outer_products(a: Tensor, b: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ and positions ``p``; ``theta`` is the threshold above which a neuron fires.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
@@ -33,7 +34,8 @@ def dormancy(magnitude: Tensor) -> Tensor:
 
 
 _AT_ONCE = 2**16  # values that are summed in float64 together
-_POSITIONS = 1024  # of a sample that rates are read at, at least, where it has as many
+_POSITIONS = 256  # of a sample that rates are read at, at least, where it has as many
+_ROW = 32  # values that torch reads side by side at its best
 
 
 def _count(index: Tensor, size: int) -> Tensor:
@@ -59,12 +61,31 @@ def _sums(a: Tensor) -> list[Tensor]:
     return [torch.cat(sums).view(samples, channels).sum(0) for sums in (totals, magnitudes, squares)]
 
 
+def _extremes(a: Tensor) -> list[Tensor]:
+    """Highest and lowest value of each sample, [N, C, P] -> two of [N, C]."""
+    samples, channels, positions = a.shape
+    # where channels lie side by side, torch is up to 17 times slower unless a row has a multiple of 32
+    together = _ROW // math.gcd(channels, _ROW)
+    if a.stride()[1:] != (1, channels) or a.device.type != "cpu":
+        together = 1
+    whole = positions - positions % together
+    found = list[Tensor]()
+    for extreme, both in ((torch.amax, torch.maximum), (torch.amin, torch.minimum)):
+        if together == 1 or not whole:
+            found.append(extreme(a, 2))
+            continue
+        rows = a[..., :whole].transpose(1, 2).reshape(samples, -1, together * channels)
+        value = extreme(extreme(rows, 1).view(samples, together, channels), 1)
+        found.append(value if whole == positions else both(value, extreme(a[..., whole:], 2)))
+    return found
+
+
 class Activity:
     """Running statistics of the C channels of one observed tensor.
 
     ``update`` reads every sample for the highest and lowest value and for "did it fire at all in this sample", which
     decide what is dead, and a ``share`` of the samples for means, rates and histograms, whose cost would show; of large
-    maps evenly spaced positions, 1,024 or more.
+    maps evenly spaced positions, 256 or more.
     Memory is fixed by C and ``bins``; nothing is copied to the CPU and no device is synchronised.
 
     Attributes:
@@ -145,7 +166,7 @@ class Activity:
         batch.moments = None
         # compared in float32 like the sampled share: a bfloat16 comparison would round the threshold
         wide = torch.float64 if a.dtype is torch.float64 else torch.float32
-        top, bottom = a.amax(2).to(wide), a.amin(2).to(wide)  # [N, C]
+        top, bottom = (values.to(wide) for values in _extremes(a))  # [N, C]
         # an odd step meets all columns of maps whose width is even
         step = 1 if self.stride == 1 else max(1, a.shape[2] // _POSITIONS - 1) | 1
         picked = a[:: self.stride, :, ::step].contiguous()

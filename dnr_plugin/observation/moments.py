@@ -17,8 +17,8 @@ from dnr_plugin.network.kinds import consumer
 MAX_PATCH = 1152
 # Of layers that read more than this, moments of all inputs together would outgrow memory; blocks are of so many.
 MAX_FEATURES, BLOCK = 2048, 1024
-# Rows that are read of small and of large batches, and of each sample in between.
-_FEW, _MANY, _PER_SAMPLE = 512, 2048, 16
+# Rows that are read of small and of large batches, and of each sample in between, of which training has many.
+_FEW, _MANY, _PER_SAMPLE, _IN_TRAINING = 512, 2048, 16, 4
 _ROUNDING = 1e-6  # of sums of float32 products
 
 
@@ -90,7 +90,7 @@ class Moments:
 
         def drawn(samples: int, positions: int) -> tuple[slice, Tensor]:
             step = -(-samples // _MANY)
-            rows = min(max(_PER_SAMPLE * samples, _FEW), _MANY)
+            rows = min(max((_IN_TRAINING if module.training else _PER_SAMPLE) * samples, _FEW), _MANY)
             count = max(1, min(positions, rows * step // samples))
             return slice(None, None, step), torch.randperm(positions, generator=generator)[:count]
 

@@ -34,9 +34,11 @@ class _Layer:
 
     def cost(self) -> tuple[float, float]:
         """(FLOPs, parameters) with the channels that remain."""
-        kept_in, kept_out = (max(0.0, 1 - gone / total) for gone, total in zip(self.gone, self.first, strict=True))
-        kept_matrices = kept_out * (1 - self.reading * (1 - kept_in))
-        scale = {"product": kept_matrices, "square": kept_out**2, "linear": kept_out}[self.scaling]
+        kept_out = scale = max(0.0, 1 - self.gone[1] / self.first[1])
+        if self.scaling == "product":
+            scale *= 1 - self.reading * min(1.0, self.gone[0] / self.first[0])
+        elif self.scaling == "square":
+            scale *= kept_out
         return self.flops * scale, self.matrix * scale + self.vector * kept_out
 
 

@@ -59,10 +59,12 @@ class Task:
         shift = center.double()
         self.x.sub_(center)
         centered = replace(self, constants=self.constants + self.weights @ shift)._fitted()
+        outputs = centered.outputs  # of inputs that are centered as well
         self.x.add_(center)
-        fit = replace(centered, constants=centered.constants - centered.weights @ shift)
-        if fit.damping is None or fit.lacking(fit.outputs) >= lacks:
+        if centered.damping is None or self.lacking(outputs) >= lacks:
             return self
+        fit = replace(centered, constants=centered.constants - centered.weights @ shift)
+        fit.outputs = outputs
         return fit
 
     def _fitted(self) -> Task:
@@ -84,18 +86,21 @@ class Task:
             rows, solver = fitted, _ByRows(self, self.x[fitted], y[fitted])
         else:
             rows, solver = slice(None), _ByInputs(self, first.add_(_Moments.of(self.x[held], y[held])))
-        weights, constants = solver.solve(damping)
-        least = math.inf
+
+        def solved() -> Task:
+            weights, constants = solver.solve(damping)
+            return replace(self, weights=weights, constants=constants, damping=damping)
+
+        fit, least = solved(), math.inf
         for _ in range(_RECTIFIED if self.rectified else 0):
-            outputs = self._outputs(weights, constants)
-            before, least = least, self.lacking(outputs)
+            before, least = least, fit.lacking(fit.outputs)
             if least > (1.0 - _WORTH) * before:  # the next round would gain less again
                 break
             # below zero the outputs need not agree, only stay below
-            free = torch.minimum(outputs, -self.other)
+            free = torch.minimum(fit.outputs, -self.other)
             solver = solver.towards(self.x[rows], torch.where(self.goal <= 0, free, y)[rows])
-            weights, constants = solver.solve(damping)
-        return replace(self, weights=weights, constants=constants, damping=damping)
+            fit = solved()
+        return fit
 
     @property
     def few(self) -> bool:
@@ -208,16 +213,22 @@ class _ByInputs(_Solver):
         self.moments = moments
         self.mean = moments.xx[:-1, -1] / moments.rows * self.constant
         self.second = (moments.xx[:-1, :-1] / moments.rows).addr_(self.mean, self.mean, alpha=-1)
-        self.explained = self.start @ self.second
 
     @functools.cached_property
-    def coarse(self) -> Tensor:
-        return self.second.float()
+    def fine(self) -> tuple[Tensor, Tensor]:
+        """The inputs' covariance, and what the weights as they are make of it."""
+        return self.second, self.start @ self.second
+
+    @functools.cached_property
+    def coarse(self) -> tuple[Tensor, Tensor]:
+        second = self.second.float()
+        return second, self.start.float() @ second
 
     def solve(self, damping: float) -> tuple[Tensor, Tensor]:
         moments = self.moments
+        second, explained = self.coarse if damping >= _COARSE else self.fine
         if damping not in self.factors:
-            self.factors[damping] = factor(self.coarse if damping >= _COARSE else self.second, damping)
+            self.factors[damping] = factor(second, damping)
         goal = moments.yx[:, -1] / moments.rows
         cross = moments.yx[:, :-1] / moments.rows
         if self.constant:
@@ -225,7 +236,7 @@ class _ByInputs(_Solver):
         else:
             cross = cross - torch.outer(self.constants, moments.xx[:-1, -1] / moments.rows)
         root = self.factors[damping]
-        weights = self.start + torch.cholesky_solve((cross - self.explained).T.to(root), root).T
+        weights = self.start + torch.cholesky_solve((cross - explained).T.to(root), root).T
         return weights, goal - weights @ self.mean if self.constant else self.constants
 
     def towards(self, x: Tensor, y: Tensor) -> _Solver:

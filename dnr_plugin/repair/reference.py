@@ -31,6 +31,7 @@ from dnr_plugin.repair.places import CHUNK, Places
 _PER_IMAGE, _PER_UNKNOWN = 16, 1.5
 MAX_UNKNOWNS = 8192  # weights of one output: beyond, the moments of the inputs outgrow memory,
 _MOST_ROWS = 4096  # so that a layer is fitted by fewer places than it has weights
+_AT_ONCE = 2**27  # bytes of the largest output of a layer while the dense network runs
 _CHECKED = 4  # images with which a layer's own computation is checked
 _UNLIKE, _UNLIKE_16_BITS = 1e-2, 0.1  # of the largest output; far beyond rounding, TensorFloat-32 included
 
@@ -70,8 +71,8 @@ class Reference:
         dense = eager(dense)
         self.dense, self.example = dense, example_inputs
         self.sites = trace_sites(dense, example_inputs)
-        most = memory // (4 * max(site.size for site in self.sites.values()))
-        self.images = _some(images, example_inputs, most)
+        each = 4 * max(site.size for site in self.sites.values())  # bytes
+        self.images = _some(images, example_inputs, memory // each)
         self.count = samples_in(self.images)
         modules = {name: module for module, name in module_names(dense).items()}
         self.rows, self.memory = rows, memory
@@ -86,8 +87,10 @@ class Reference:
             for name, site in self.sites.items()
             if kind_of(modules[name]).unrepaired is None and name not in self.shifting
         }
-        self.targets = _targets(dense, fitted, self.places, self.images)
-        few = min(_CHECKED, *(places.chunk for places in self.places.values()))
+        chunk = next(iter(self.places.values())).chunk
+        at_once = chunk * min(max(_AT_ONCE // (each * chunk), 1), 4)
+        self.targets = _targets(dense, fitted, self.places, self.images, at_once)
+        few = min(_CHECKED, chunk)
         self.otherwise = _otherwise(dense, fitted, self.places, part_of(self.images, slice(few)))
 
     def _per_image(self, module: nn.Module) -> int:
@@ -165,9 +168,9 @@ def _some(images: Any, example: Any, most: int) -> Any:
 
 
 def _targets(
-    dense: nn.Module, sites: Mapping[str, Site], places: Mapping[str, Places], images: Any
+    dense: nn.Module, sites: Mapping[str, Site], places: Mapping[str, Places], images: Any, at_once: int
 ) -> dict[str, Tensor]:
-    """What each layer should give, in the dense network: rows of all images, [R, out].
+    """What each layer should give, in the dense network, run on so many images at once: rows of all images, [R, out].
 
     Without layers whose outputs are not one for each image, as where frames are folded into the batch.
     """
@@ -199,8 +202,8 @@ def _targets(
         else:
             handles.append(modules[site.norm or name].register_forward_hook(after(name)))
     with in_eval(dense, handles):
-        for first in range(0, samples_in(images), 4 * CHUNK):
-            part = part_of(images, slice(first, first + 4 * CHUNK))
+        for first in range(0, samples_in(images), at_once):
+            part = part_of(images, slice(first, first + at_once))
             calls.count = 0
             with calls:
                 call(dense, part)

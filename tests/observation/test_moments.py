@@ -61,15 +61,16 @@ def test_moments_equal_numpy(name: str) -> None:
 
 
 def test_each_batch_adds_a_bounded_number_of_rows() -> None:
-    """512 of a small one, 16 of each sample, 2048 of a large one, and then fewer samples; never none."""
+    """512 of a small one, 16 of each sample, 4 in training, 2048 of a large one, and then fewer samples; never none."""
     module = nn.Conv2d(1, 2, 3, padding=1)
-    for shape, expected in (
-        ((2, 1, 64, 64), 512), ((5000, 1, 3, 3), 1667), ((3, 1, 40, 40), 510), ((50, 1, 9, 9), 800),
-        ((250, 1, 9, 9), 2000), ((1, 1, 1, 1), 1),
+    for shape, expected, in_training in (
+        ((2, 1, 64, 64), 512, 512), ((5000, 1, 3, 3), 1667, 1667), ((3, 1, 40, 40), 510, 510),
+        ((50, 1, 9, 9), 800, 500), ((250, 1, 9, 9), 2000, 1000), ((1, 1, 1, 1), 1, 1),
     ):  # fmt: skip
-        moments = Moments(1, 9)
-        moments.update(module, torch.randn(shape))
-        assert moments.rows == expected
+        for training, rows in ((False, expected), (True, in_training)):
+            moments = Moments(1, 9)
+            moments.update(module.train(training), torch.randn(shape))
+            assert moments.rows == rows
     linear = Moments(2, 1)
     linear.update(nn.Linear(2, 2), torch.randn(10000, 2))
     assert linear.rows == 2000
