@@ -17,8 +17,10 @@ from dnr_plugin.network.kinds import consumer
 MAX_PATCH = 1152
 # Of layers that read more than this, moments of all inputs together would outgrow memory; blocks are of so many.
 MAX_FEATURES, BLOCK = 2048, 1024
-# Rows that are read of small and of large batches, and of each sample in between, of which training has many.
-_FEW, _MANY, _PER_SAMPLE, _IN_TRAINING = 512, 2048, 16, 4
+# Rows that are read of small and of large batches, and of each sample in between;
+_FEW, _MANY, _PER_SAMPLE = 512, 2048, 16
+# once there are so many for each input, and in all, this share of them.
+_ENOUGH, _LEAST, _LATER = 16, 16384, 0.25
 _ROUNDING = 1e-6  # of sums of float32 products
 
 
@@ -27,7 +29,8 @@ class Moments:
 
     For a convolution x is the patch that its kernel covers, zero padding included, where patches are small; else a
     position's channels. Sums are float64, over a bounded number of positions of every batch, drawn by the batch's
-    number. Batches go into two halves in turn, so that what one half suggests can be checked on the other.
+    number; over a quarter as many once there are 16 for each input, and 16,384 in all. Batches go into two halves in
+    turn, so that what one half suggests can be checked on the other.
 
     Args:
         channels: C.
@@ -41,7 +44,7 @@ class Moments:
 
     def __init__(self, channels: int, features: int, device: torch.device | str = "cpu") -> None:
         self.features = features
-        self.batches = 0
+        self.batches = self._rows_read = 0
         size = channels * features + 1
         self._inverse: tuple[int, float, Tensor] | None = None
         self._sums = torch.zeros(2, size, size, dtype=torch.float64, device=device)
@@ -79,6 +82,7 @@ class Moments:
         add_outer_products(self._sums[self.batches % 2], x)
         self._mirrored = False
         self.batches += 1
+        self._rows_read += len(x)
 
     def read(self, module: nn.Module, a: Tensor) -> Tensor:
         """What counts of the input of the next batch, in float32 or wider, shape [R, in * features]."""
@@ -90,7 +94,9 @@ class Moments:
 
         def drawn(samples: int, positions: int) -> tuple[slice, Tensor]:
             step = -(-samples // _MANY)
-            rows = min(max((_IN_TRAINING if module.training else _PER_SAMPLE) * samples, _FEW), _MANY)
+            rows = min(max(_PER_SAMPLE * samples, _FEW), _MANY)
+            if self._rows_read >= max(_ENOUGH * self.channels * self.features, _LEAST):
+                rows = round(_LATER * rows)
             count = max(1, min(positions, rows * step // samples))
             return slice(None, None, step), torch.randperm(positions, generator=generator)[:count]
 
@@ -113,6 +119,7 @@ class Moments:
         both = copy.copy(self)
         both._inverse = None
         both._sums, both.batches = self.sums + other.sums.to(self.sums.device), self.batches + other.batches
+        both._rows_read += other._rows_read
         return both
 
     def kept(self, channels: Tensor) -> Moments:
@@ -131,7 +138,7 @@ class Moments:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from what `state_dict` returned, for as many inputs."""
         self.sums.copy_(state["sums"])
-        self.batches = state["batches"]
+        self.batches, self._rows_read = state["batches"], self.rows
         self._inverse = None
 
     def columns(self, channels: Tensor) -> Tensor:

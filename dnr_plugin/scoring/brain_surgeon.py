@@ -171,7 +171,7 @@ class _State:
         if not len(places):
             return None
         own = self._columns(blocks[places])
-        weights = self.weights[own]
+        weights = self.weights.index_select(0, own)  # twice as fast as by brackets
         inverse, squares = self.inverse[own[:, None], own].numpy(), (weights @ weights.T).numpy()
         if self.features == 1:
             return _Singles(inverse, squares, places)
@@ -183,15 +183,15 @@ class _State:
         if not len(blocks):
             return
         own = self._columns(blocks)
-        rows = self.inverse[own]
-        correction = torch.linalg.solve(rows[:, own], rows)
-        self.weights.addmm_(correction.T, self.weights[own], alpha=-1.0)
+        rows = self.inverse.index_select(0, own)
+        correction = torch.linalg.solve(rows.index_select(1, own), rows)
+        self.weights.addmm_(correction.T, self.weights.index_select(0, own), alpha=-1.0)
         self.inverse.addmm_(rows.T, correction, alpha=-1.0)
         self.stays[blocks] = False
         self.block[neurons] = -1
         if int(self.stays.sum()) < _COMPACT * len(self.stays):
             own = self._columns(self.stays.nonzero().flatten())
-            self.inverse, self.weights = submatrix(self.inverse, own, own), self.weights[own]
+            self.inverse, self.weights = submatrix(self.inverse, own, own), self.weights.index_select(0, own)
             self.neurons, self.stays = self.neurons[self.stays], self.stays[self.stays]
             self.block[self.neurons] = torch.arange(len(self.neurons))
 

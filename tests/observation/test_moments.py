@@ -61,19 +61,41 @@ def test_moments_equal_numpy(name: str) -> None:
 
 
 def test_each_batch_adds_a_bounded_number_of_rows() -> None:
-    """512 of a small one, 16 of each sample, 4 in training, 2048 of a large one, and then fewer samples; never none."""
+    """512 of a small one, 16 of each sample, 2048 of a large one, and then fewer samples; never none."""
     module = nn.Conv2d(1, 2, 3, padding=1)
-    for shape, expected, in_training in (
-        ((2, 1, 64, 64), 512, 512), ((5000, 1, 3, 3), 1667, 1667), ((3, 1, 40, 40), 510, 510),
-        ((50, 1, 9, 9), 800, 500), ((250, 1, 9, 9), 2000, 1000), ((1, 1, 1, 1), 1, 1),
+    for shape, expected in (
+        ((2, 1, 64, 64), 512), ((5000, 1, 3, 3), 1667), ((3, 1, 40, 40), 510), ((50, 1, 9, 9), 800),
+        ((250, 1, 9, 9), 2000), ((1, 1, 1, 1), 1),
     ):  # fmt: skip
-        for training, rows in ((False, expected), (True, in_training)):
-            moments = Moments(1, 9)
-            moments.update(module.train(training), torch.randn(shape))
-            assert moments.rows == rows
+        moments = Moments(1, 9)
+        moments.update(module, torch.randn(shape))
+        assert moments.rows == expected
     linear = Moments(2, 1)
     linear.update(nn.Linear(2, 2), torch.randn(10000, 2))
     assert linear.rows == 2000
+
+
+@pytest.mark.parametrize(("least", "full"), [(1, 2), (2000, 3)])
+def test_where_many_rows_were_read_fewer_are_added(monkeypatch: pytest.MonkeyPatch, least: int, full: int) -> None:
+    """A quarter, once there are 16 for each input and enough in all; also of sums that were saved or merged."""
+    monkeypatch.setattr(moments_module, "_LEAST", least)
+    module, moments, found = nn.Conv2d(80, 2, 1), Moments(80, 1), []
+    batches = torch.randn(6, 50, 80, 6, 6, generator=torch.Generator().manual_seed(0))
+    for a in batches:
+        before = moments.rows
+        moments.update(module, a)
+        found.append(moments.rows - before)
+    assert found == [*[800] * full, *[200] * (6 - full)]
+    again, other = Moments(80, 1), Moments(80, 1)
+    again.load_state_dict(moments.state_dict())
+    other.update(module, batches[0])
+    for later in (again, moments.merged(other), moments.kept(torch.arange(80))):
+        before = later.rows
+        later.update(module, batches[0])
+        assert later.rows - before == 200
+    mean, covariance = moments.mean_and_covariance()
+    np.testing.assert_allclose(mean, np.zeros(80), atol=0.1)
+    np.testing.assert_allclose(covariance, np.eye(80), atol=0.15)
 
 
 def test_the_rows_read_are_a_fair_sample() -> None:
