@@ -20,7 +20,7 @@ MAX_FEATURES, BLOCK = 2048, 1024
 # Rows that are read of small and of large batches, and of each sample in between;
 _FEW, _MANY, _PER_SAMPLE = 512, 2048, 16
 # once there are so many for each input, and in all, this share of them.
-_ENOUGH, _LEAST, _LATER = 16, 16384, 0.25
+_ENOUGH, _LEAST, _LATER = 16, 16384, 0.125
 _ROUNDING = 1e-6  # of sums of float32 products
 
 
@@ -29,7 +29,7 @@ class Moments:
 
     For a convolution x is the patch that its kernel covers, zero padding included, where patches are small; else a
     position's channels. Sums are float64, over a bounded number of positions of every batch, drawn by the batch's
-    number; over a quarter as many once there are 16 for each input, and 16,384 in all. Batches go into two halves in
+    number; over an eighth as many once there are 16 for each input, and 16,384 in all. Batches go into two halves in
     turn, so that what one half suggests can be checked on the other.
 
     Args:
@@ -49,9 +49,13 @@ class Moments:
         self._inverse: tuple[int, float, Tensor] | None = None
         self._sums = torch.zeros(2, size, size, dtype=torch.float64, device=device)
         self._mirrored = True
+        # of each half, rows that are too few to be worth a product
+        self._pending: tuple[list[Tensor], list[Tensor]] = [], []
 
     @property
     def sums(self) -> Tensor:
+        for half in (0, 1):
+            self._multiply(half)
         if not self._mirrored:  # once, however many batches were added
             for half in self._sums:
                 mirror(half)
@@ -65,7 +69,7 @@ class Moments:
     @property
     def rows(self) -> int:
         """Positions read."""
-        return round(float(self._sums[:, -1, -1].sum()))
+        return round(float(self.sums[:, -1, -1].sum()))
 
     @torch.no_grad()
     def update(self, module: nn.Module, a: Tensor) -> None:
@@ -79,10 +83,18 @@ class Moments:
 
     def add(self, x: Tensor) -> None:
         """Adds the rows that were read of a batch, shape [R, C * features]."""
-        add_outer_products(self._sums[self.batches % 2], x)
-        self._mirrored = False
+        half = self.batches % 2
+        self._pending[half].append(x)
+        if sum(map(len, self._pending[half])) >= _FEW:
+            self._multiply(half)
         self.batches += 1
         self._rows_read += len(x)
+
+    def _multiply(self, half: int) -> None:
+        if self._pending[half]:
+            add_outer_products(self._sums[half], torch.cat(self._pending[half]))
+            self._pending[half].clear()
+            self._mirrored = False
 
     def read(self, module: nn.Module, a: Tensor) -> Tensor:
         """What counts of the input of the next batch, in float32 or wider, shape [R, in * features]."""
@@ -116,8 +128,7 @@ class Moments:
 
     def merged(self, other: Moments) -> Moments:
         """Of both together."""
-        both = copy.copy(self)
-        both._inverse = None
+        both = self._copy()
         both._sums, both.batches = self.sums + other.sums.to(self.sums.device), self.batches + other.batches
         both._rows_read += other._rows_read
         return both
@@ -125,11 +136,16 @@ class Moments:
     def kept(self, channels: Tensor) -> Moments:
         """Of these channels alone, in this order."""
         columns = torch.cat([self.columns(channels).flatten(), torch.tensor([self._sums.shape[1] - 1])])
-        sums, kept = self.sums, copy.copy(self)
+        sums, kept = self.sums, self._copy()
         columns = columns.to(sums.device)
-        kept._inverse = None
         kept._sums = submatrix(sums, columns, columns)
         return kept
+
+    def _copy(self) -> Moments:
+        """The same in all but sums, which are still these."""
+        other = copy.copy(self)
+        other._inverse, other._pending = None, ([], [])
+        return other
 
     def state_dict(self) -> dict[str, Any]:
         """Sums on the CPU, and how many batches they are of; a copy, since sums grow in place."""

@@ -196,6 +196,10 @@ class Observer(Pausable):
             return
         if self.training and not self.model.training:
             return
+        if torch.is_inference_mode_enabled():  # where sums would be made that nothing outside of it can be added to
+            with torch.inference_mode(False), torch.no_grad():
+                self._read(name, module, a)
+            return
         # DataParallel replicas run in threads: one set of sums for each device, merged at the end
         with self._lock:
             activity = self._by_device.get((name, a.device))

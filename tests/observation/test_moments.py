@@ -77,7 +77,7 @@ def test_each_batch_adds_a_bounded_number_of_rows() -> None:
 
 @pytest.mark.parametrize(("least", "full"), [(1, 2), (2000, 3)])
 def test_where_many_rows_were_read_fewer_are_added(monkeypatch: pytest.MonkeyPatch, least: int, full: int) -> None:
-    """A quarter, once there are 16 for each input and enough in all; also of sums that were saved or merged."""
+    """An eighth, once there are 16 for each input and enough in all; also of sums that were saved or merged."""
     monkeypatch.setattr(moments_module, "_LEAST", least)
     module, moments, found = nn.Conv2d(80, 2, 1), Moments(80, 1), []
     batches = torch.randn(6, 50, 80, 6, 6, generator=torch.Generator().manual_seed(0))
@@ -85,17 +85,17 @@ def test_where_many_rows_were_read_fewer_are_added(monkeypatch: pytest.MonkeyPat
         before = moments.rows
         moments.update(module, a)
         found.append(moments.rows - before)
-    assert found == [*[800] * full, *[200] * (6 - full)]
+    assert found == [*[800] * full, *[100] * (6 - full)]
     again, other = Moments(80, 1), Moments(80, 1)
     again.load_state_dict(moments.state_dict())
     other.update(module, batches[0])
     for later in (again, moments.merged(other), moments.kept(torch.arange(80))):
         before = later.rows
         later.update(module, batches[0])
-        assert later.rows - before == 200
+        assert later.rows - before == 100
     mean, covariance = moments.mean_and_covariance()
     np.testing.assert_allclose(mean, np.zeros(80), atol=0.1)
-    np.testing.assert_allclose(covariance, np.eye(80), atol=0.15)
+    np.testing.assert_allclose(covariance, np.eye(80), atol=0.2)
 
 
 def test_the_rows_read_are_a_fair_sample() -> None:

@@ -319,6 +319,28 @@ def test_one_tensor_is_read_once_unless_it_changes(
     assert_reads(observer.activities["c"], torch.cat([first.relu() if between else first] * 2))
 
 
+def test_what_inference_mode_showed_goes_on_outside() -> None:
+    """Of layers whose second moments are added up in blocks, too: statistics are the same to the bit."""
+    torch.manual_seed(0)
+    model, (x, y) = nn.Sequential(nn.Conv2d(3, 400, 1), nn.ReLU(), nn.Conv2d(400, 2, 1)), images(8).chunk(2)
+    found = {}
+    for mode in (torch.no_grad, torch.inference_mode):
+        observer = Observer(model, moments=True)
+        with observer, mode():
+            model(x)
+            model(x + y)
+        activity = observer.activities["2"]
+        activity.update(y.repeat(1, 200, 1, 1)[:, :400].flatten(2))
+        assert activity.moments is not None
+        activity.moments.update(model[2], y.repeat(1, 134, 1, 1)[:, :400])
+        found[mode] = activity.state_dict()
+        for value in (activity.total, activity.fired_samples, activity.highest, activity.moments.blocks[0].sums):
+            value.add_(1)  # as all_reduce does
+    first, second = found.values()
+    assert first.keys() == second.keys()
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+
+
 def test_an_inplace_residual_network_is_read_right() -> None:
     model, x = make("residual"), images()
     assert isinstance(model, Residual)
