@@ -45,6 +45,7 @@ class Moments:
     def __init__(self, channels: int, features: int, device: torch.device | str = "cpu") -> None:
         self.features = features
         self.batches = self._rows_read = 0
+        self._earlier = 0, 0  # batches and rows of what this goes on from
         size = channels * features + 1
         self._inverse: tuple[int, float, Tensor] | None = None
         self._sums = torch.zeros(2, size, size, dtype=torch.float64, device=device)
@@ -83,12 +84,16 @@ class Moments:
 
     def add(self, x: Tensor) -> None:
         """Adds the rows that were read of a batch, shape [R, C * features]."""
-        half = self.batches % 2
+        half = (self._earlier[0] + self.batches) % 2
         self._pending[half].append(x)
         if sum(map(len, self._pending[half])) >= _FEW:
             self._multiply(half)
         self.batches += 1
         self._rows_read += len(x)
+
+    def go_on_from(self, other: Moments) -> None:
+        """Counts on where others end, with which this will be merged, so that other positions are drawn."""
+        self._earlier = other.batches, other._rows_read
 
     def _multiply(self, half: int) -> None:
         if self._pending[half]:
@@ -102,12 +107,13 @@ class Moments:
         return x.to(torch.promote_types(x.dtype, torch.float32))
 
     def _rows(self, module: nn.Module, a: Tensor) -> Tensor:
-        generator = torch.Generator().manual_seed(self.batches)
+        batches, rows_read = self._earlier[0] + self.batches, self._earlier[1] + self._rows_read
+        generator = torch.Generator().manual_seed(batches)
 
         def drawn(samples: int, positions: int) -> tuple[slice, Tensor]:
             step = -(-samples // _MANY)
             rows = min(max(_PER_SAMPLE * samples, _FEW), _MANY)
-            if self._rows_read >= max(_ENOUGH * self.channels * self.features, _LEAST):
+            if rows_read >= max(_ENOUGH * self.channels * self.features, _LEAST):
                 rows = round(_LATER * rows)
             count = max(1, min(positions, rows * step // samples))
             return slice(None, None, step), torch.randperm(positions, generator=generator)[:count]
@@ -216,6 +222,11 @@ class BlockMoments:
         parts = torch.split(self.blocks[0].read(module, a), [block.channels for block in self.blocks], 1)
         for block, x in zip(self.blocks, parts, strict=True):
             block.add(x)
+
+    def go_on_from(self, other: BlockMoments) -> None:
+        """See `Moments.go_on_from`."""
+        for mine, theirs in zip(self.blocks, other.blocks, strict=True):
+            mine.go_on_from(theirs)
 
     def merged(self, other: BlockMoments) -> BlockMoments:
         """Of both together."""

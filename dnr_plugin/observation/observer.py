@@ -205,6 +205,9 @@ class Observer(Pausable):
             activity = self._by_device.get((name, a.device))
             if activity is None:
                 self._by_device[name, a.device] = activity = self._empty(module, a.device)
+                earlier = self.activities.get(name)
+                if activity.moments is not None and earlier is not None and earlier.moments is not None:
+                    activity.moments.go_on_from(earlier.moments)  # type: ignore[arg-type]
             batch = self._recall(module, a)
         if batch is None:
             batch = activity.of_batch(consumer(module).by_channel(a.detach()))

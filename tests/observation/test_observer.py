@@ -341,6 +341,27 @@ def test_what_inference_mode_showed_goes_on_outside() -> None:
     torch.testing.assert_close(first, second, rtol=0, atol=0)
 
 
+def test_contexts_of_one_batch_each_are_as_one_context() -> None:
+    """Second moments, too, of which a batch's positions and half are known by its number; also of blocks."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 9, 3), nn.ReLU(), nn.Conv2d(9, 2100, 1), nn.ReLU(), nn.Conv2d(2100, 2, 1))
+    batches = images(16, size=40).split(4)
+    at_once, apart = Observer(model, moments=True), Observer(model, moments=True)
+    with at_once, torch.no_grad():
+        for batch in batches:
+            model(batch)
+    for batch in batches:
+        with apart, torch.no_grad():
+            model(batch)
+    for name in ("0", "2", "4"):
+        found, expected = apart.activities[name].moments, at_once.activities[name].moments
+        assert found is not None
+        assert expected is not None
+        for mine, theirs in zip(found.blocks, expected.blocks, strict=True):
+            assert mine.batches == theirs.batches == 4
+            torch.testing.assert_close(mine.sums, theirs.sums, rtol=1e-6, atol=1e-4)
+
+
 def test_an_inplace_residual_network_is_read_right() -> None:
     model, x = make("residual"), images()
     assert isinstance(model, Residual)
