@@ -49,7 +49,7 @@ def growth_table(results: Sequence[Overhead]) -> Table:
         memory = f"{max(peaks) / 2**20:,.0f} MiB" if peaks else "-"
         times = (result.calibration[0].seconds, *(_seconds(result, stage) for stage in STAGES))
         s = result.setting
-        rows.append([result.name, f"{s.images} of {s.side} px", *(f"{time:.2f}" for time in times), memory])
+        rows.append([result.setting.name, f"{s.images} of {s.side} px", *(f"{time:.2f}" for time in times), memory])
     if len(results) >= _FEW:
         passed = [result.calibration[0].seconds for result in results]
         powers = [exponent(passed, [_seconds(result, stage) for result in results]) for stage in STAGES]
@@ -58,16 +58,20 @@ def growth_table(results: Sequence[Overhead]) -> Table:
     return Table("cost against size; observing is what it adds to the forward passes", head, rows)
 
 
-def check_output(output: str | os.PathLike[str]) -> Path:
+def check_output(output: str | os.PathLike[str], file: str = _FILE) -> Path:
     """The folder, if nothing that was measured before would be lost.
 
+    Args:
+        output: the folder.
+        file: that would be overwritten.
+
     Raises:
-        InputError: it cannot be written to, or has such files.
+        InputError: it cannot be written to, or has such a file.
     """
     folder = Path(output)
     check_writable(folder)
-    if (folder / _FILE).exists():
-        raise InputError(f"--output: expected a folder without {_FILE}, found {folder / _FILE}")
+    if (folder / file).exists():
+        raise InputError(f"--output: expected a folder without {file}, found {folder / file}")
     return folder
 
 
@@ -82,7 +86,7 @@ def write_growth(results: Sequence[Overhead], folder: Path) -> None:
         lines = [
             *growth_table(results).markdown(),
             "",
-            *(f"- {result.name}: {result.notes()[0]}" for result in results),
+            *(f"- {result.setting.name}: {result.notes()[0]}" for result in results),
         ]
         with atomic_write(folder / "overhead.md") as file:
             file.writelines(f"{line}\n" for line in lines)
@@ -94,7 +98,7 @@ def write_growth(results: Sequence[Overhead], folder: Path) -> None:
         for stage in STAGES:
             axes.plot(passed, [_seconds(result, stage) for result in ordered], marker="o", label=stage)
         for result, seconds in zip(ordered, passed, strict=True):
-            axes.annotate(result.name, (seconds, axes.get_ylim()[0]), rotation=90, fontsize=7, color="gray")
+            axes.annotate(result.setting.name, (seconds, axes.get_ylim()[0]), rotation=90, fontsize=7, color="gray")
         axes.set(xscale="log", yscale="log", xlabel="forward passes of the images, s", ylabel="s")
         axes.grid(alpha=0.3, which="both")
         axes.legend(fontsize=8)

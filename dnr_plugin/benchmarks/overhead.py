@@ -66,6 +66,11 @@ class Setting:
         batch, rounds = (8, 3) if side > _LARGE else (64, 15)
         return replace(self, side=side, batch=self.batch or batch, rounds=self.rounds or rounds)
 
+    @property
+    def name(self) -> str:
+        """Of the network, with the width of those that have one."""
+        return f"{self.network}, width {self.width}" if "." not in self.network else self.network
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -110,19 +115,13 @@ class Overhead:
         """Plain figures."""
         return asdict(self)
 
-    @property
-    def name(self) -> str:
-        """Of the network, with the width of those that have one."""
-        s = self.setting
-        return f"{s.network}, width {s.width}" if "." not in s.network else s.network
-
     def tables(self) -> list[Table]:
         """Of calibration, and of training steps."""
         s = self.setting
         head = ["", "seconds", "times", "memory at the peak"]
         titles = (
-            f"{self.name}: {s.images} images of {s.side}x{s.side}, times as long as their forward passes",
-            f"{self.name}: training steps of {s.batch} images, times as long as a plain one (n = {s.rounds})",
+            f"{s.name}: {s.images} images of {s.side}x{s.side}, times as long as their forward passes",
+            f"{s.name}: training steps of {s.batch} images, times as long as a plain one (n = {s.rounds})",
         )
         return [
             Table(title, head, [_row(cost) for cost in costs])
@@ -150,17 +149,27 @@ def overhead(setting: Setting, *, device: str = "auto") -> Overhead:
         InputError: an unknown network, or one that does not take such images.
     """
     setting, chosen = setting.resolved(), pick_device(device)
+    model = fresh_network(setting, chosen)
+    bench = _Bench(model, setting, chosen)
+    calibration, products = bench.calibration()
+    where = f"{device_name(chosen)}, torch {versions()['torch']}"
+    return Overhead(setting, calibration, bench.training(), where, products)
+
+
+def fresh_network(setting: Setting, device: torch.device) -> nn.Module:
+    """A network with the weights of a seed, in the layout that the device is fast in.
+
+    Args:
+        setting: resolved.
+        device: where it is.
+    """
     assert setting.side is not None
     torch.manual_seed(setting.seed)
     own: dict[str, Any] = {"width": setting.width} if "." not in setting.network else {}
     if setting.network == "resnet18":
         own["stem"] = "imagenet" if setting.side > _LARGE else "cifar"
     model = build_model(ModelOptions(name=setting.network, **own), CLASSES, image_size=setting.side)
-    model = to_device(model, chosen).to(memory_format=fast_layout(chosen))
-    bench = _Bench(model, setting, chosen)
-    calibration, products = bench.calibration()
-    where = f"{device_name(chosen)}, torch {versions()['torch']}"
-    return Overhead(setting, calibration, bench.training(), where, products)
+    return to_device(model, device).to(memory_format=fast_layout(device))
 
 
 class _Bench:

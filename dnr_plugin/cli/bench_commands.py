@@ -36,6 +36,18 @@ def register(commands: Commands) -> None:
     overhead.add_argument("--output", metavar="DIR", help="folder of a table and a plot of cost against size")
     takes_device(overhead)
 
+    latency = command(benches, "latency", _latency, "latency asked of a plan against what comes out, and its FLOPs")
+    latency.add_argument("networks", metavar="NETWORK", nargs="*", default=["resnet18"],
+                         help="as recipes name them, also torchvision.NAME; default: resnet18")  # fmt: skip
+    latency.add_argument("--width", metavar="N", type=positive, default=64,
+                         help="of the package's networks; default: 64")  # fmt: skip
+    latency.add_argument("--side", type=positive, help="of the images, in pixels; default: 32, of torchvision's 224")
+    latency.add_argument("--batch", metavar="N,N,...", type=several, default=[1, 32], help="default: 1,32")
+    latency.add_argument("--runtimes", metavar="A,B,...", default="eager", help="default: eager")
+    latency.add_argument("--levels", metavar="X,X,...", help="shares of the latency to keep; default: 0.75,0.5,0.25")
+    latency.add_argument("--output", metavar="DIR", help="folder of latency.json, latency.md and latency.png")
+    takes_device(latency)
+
     criteria = command(benches, "criteria", _criteria, "every criterion of Torch-Pruning against every score")
     takes_recipe(criteria)
     criteria.add_argument("--output", metavar="DIR", required=True, help="folder of the benchmark")
@@ -89,6 +101,34 @@ def _overhead(arguments: argparse.Namespace) -> int:
         show(growth_table(results))
     if folder is not None:
         show(f"Written to {arguments.output}: overhead.json, overhead.md, overhead.png")
+    return DONE
+
+
+def _latency(arguments: argparse.Namespace) -> int:
+    from dnr_plugin.benchmarks.growth import check_output
+    from dnr_plugin.benchmarks.latency import (
+        FILE,
+        latencies_asked,
+        latency_table,
+        levels_of,
+        notes,
+        runtimes_of,
+        write_latencies,
+    )
+
+    levels, runtimes = levels_of(arguments.levels), runtimes_of(arguments.runtimes)
+    folder = check_output(arguments.output, FILE) if arguments.output is not None else None
+    setting = {"width": arguments.width, "side": arguments.side}
+    results = []
+    for result in latencies_asked(
+        arguments.networks, runtimes, arguments.batch, levels, setting, arguments.device, track
+    ):  # fmt: skip
+        results.append(result)
+        if folder is not None:  # after each, so that nothing is lost
+            write_latencies(results, folder, arguments.device)
+    show(latency_table(results), *(f"- {note}" for note in notes(results, arguments.device)))
+    if folder is not None:
+        show(f"Written to {arguments.output}: latency.json, latency.md, latency.png")
     return DONE
 
 
