@@ -154,6 +154,8 @@ def test_a_command_runs(
     if arguments[:2] == ["bench", "overhead"]:
         arguments += ["--width", "8", "--batch", "4", "--rounds", "2", "--images", "32"]
         arguments += ["--side", "32"]
+    if arguments[:2] == ["bench", "latency"]:
+        arguments += ["--width", "4", "--side", "8", "--batch", "1", "--levels", "0.9", "--runtimes", "eager"]
     if arguments[:2] == ["bench", "criteria"]:
         arguments += [*_small(arguments[2]), "--seeds", "0", "--levels", "0.5", "--criteria", "redundancy,l1"]
     capsys.readouterr()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import mmap
@@ -34,7 +35,7 @@ KEPT = 0.5  # of the FLOPs, in the plan that is repaired
 _BATCH = 32  # calibration images at once
 _LARGE = 64  # pixels a side from which on a network gets the stem, and fewer training steps, of large images
 _WARM = 2  # training steps that are not timed
-_BEFORE = 32  # batches that observers have seen before, of which the first give more second moments
+_BEFORE = 16  # batches of small images seen before: of the first, more rows go into second moments
 
 
 @dataclass(frozen=True)
@@ -78,9 +79,10 @@ class Cost:
 
     Attributes:
         name: of what was done.
-        seconds: that it took; the median, where it was done several times.
-        ratio: to the forward passes of the same images, or to a plain training step; the median of pairs, where it was
-            timed in turn with these.
+        seconds: that it took; the median, where it was done several times, of training steps the mean, since second
+            moments are not multiplied in each.
+        ratio: to the forward passes of the same images, or to a plain training step; of these means, or the median of
+            pairs that were timed in turn.
         peak_bytes: most memory beyond what was held before; None where it cannot be told (outside of Linux, without a
             GPU) or was not asked.
     """
@@ -271,7 +273,7 @@ class _Bench:
         return count, count * each
 
     def training(self) -> list[Cost]:
-        """Steps with every batch observed, and without; an observer is opened once for many, so that is not timed."""
+        """Steps with every batch observed, and without. Opening an observer, once for many, is not timed."""
         model, batch = self.model.train(), self.setting.batch or 0
         images, labels = self.images(batch), torch.randint(0, CLASSES, (batch,), device=self.device)
         optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
@@ -288,20 +290,25 @@ class _Bench:
             F.cross_entropy(out, labels).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
 
-        with torch.no_grad():
-            for seen in filter(None, observers.values()):
-                with seen:
+        times: dict[str, list[float]] = {name: [] for name in observers}
+        with contextlib.ExitStack() as running:
+            for each in filter(None, observers.values()):
+                running.enter_context(each)
+            if (self.setting.side or 0) <= _LARGE:
+                with torch.no_grad():
                     for _ in range(_BEFORE):
                         model(images)
-        times: dict[str, list[float]] = {name: [] for name in observers}
-        for number in range(_WARM + (self.setting.rounds or 0)):
-            for name, observer in observers.items():
-                with observer or torch.enable_grad():
-                    seconds = self.clock(step)
-                if number >= _WARM:
-                    times[name].append(seconds)
-        plain = next(iter(times.values()))
-        return [Cost(name, statistics.median(taken), _ratio(taken, plain)) for name, taken in times.items()]
+            for number in range(_WARM + (self.setting.rounds or 0)):
+                for name, observer in observers.items():
+                    with contextlib.ExitStack() as others:
+                        for other in filter(None, observers.values()):
+                            if other is not observer:
+                                others.enter_context(other.paused())
+                        seconds = self.clock(step)
+                    if number >= _WARM:
+                        times[name].append(seconds)
+        plain = sum(next(iter(times.values())))
+        return [Cost(name, statistics.fmean(taken), sum(taken) / plain) for name, taken in times.items()]
 
 
 def measured(
