@@ -152,9 +152,15 @@ class _State:
         self.neurons, self.stays = reader.neurons, torch.ones(len(reader.neurons), dtype=torch.bool)
         self.block = torch.full((neurons,), -1)
         self.block[self.neurons] = torch.arange(len(self.neurons))
+        self._known: Tensor | None = None
 
     def costs(self) -> Tensor:
-        """Of each of `neurons` that stays, shape [K]."""
+        """Of each of `neurons` that stays, shape [K]; known until one of them goes."""
+        if self._known is None:
+            self._known = self._costs()
+        return self._known
+
+    def _costs(self) -> Tensor:
         if self.features == 1:
             squares: Tensor = torch.linalg.vector_norm(self.weights, dim=1).square()
             return (squares / self.inverse.diagonal().clamp_min(TINY))[self.stays]
@@ -182,6 +188,7 @@ class _State:
         blocks = blocks[blocks >= 0]
         if not len(blocks):
             return
+        self._known = None
         own = self._columns(blocks)
         rows = self.inverse.index_select(0, own)
         correction = torch.linalg.solve(rows.index_select(1, own), rows)
