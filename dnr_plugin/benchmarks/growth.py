@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
 from dnr_plugin.benchmarks.overhead import Overhead
-from dnr_plugin.errors import InputError
-from dnr_plugin.files import atomic_write, check_writable, locked
+from dnr_plugin.files import atomic_write, locked
 from dnr_plugin.reports.figures.drawing import save_figure
 from dnr_plugin.reports.table import Table
 
@@ -22,7 +20,7 @@ STAGES = {
     "repair": "repair_network",
 }
 _FEW = 3  # networks, from which on a growth is told
-_FILE = "overhead.json"
+FILE = "overhead.json"
 
 
 def _seconds(result: Overhead, stage: str) -> float:
@@ -58,29 +56,12 @@ def growth_table(results: Sequence[Overhead]) -> Table:
     return Table("cost against size; observing is what it adds to the forward passes", head, rows)
 
 
-def check_output(output: str | os.PathLike[str], file: str = _FILE) -> Path:
-    """The folder, if nothing that was measured before would be lost.
-
-    Args:
-        output: the folder.
-        file: that would be overwritten.
-
-    Raises:
-        InputError: it cannot be written to, or has such a file.
-    """
-    folder = Path(output)
-    check_writable(folder)
-    if (folder / file).exists():
-        raise InputError(f"--output: expected a folder without {file}, found {folder / file}")
-    return folder
-
-
 def write_growth(results: Sequence[Overhead], folder: Path) -> None:
     """Writes ``overhead.json``, ``overhead.md`` and ``overhead.png``."""
     from matplotlib.figure import Figure
 
     with locked(folder):
-        with atomic_write(folder / _FILE) as file:
+        with atomic_write(folder / FILE) as file:
             json.dump([result.as_dict() for result in results], file, indent=1)
             file.write("\n")
         lines = [

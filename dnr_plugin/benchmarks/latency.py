@@ -19,7 +19,7 @@ from dnr_plugin.benchmarks.overhead import Setting, fresh_network
 from dnr_plugin.devices import device_name, fast_layout, pick_device, versions
 from dnr_plugin.errors import InputError, RunError, TargetError, did_you_mean
 from dnr_plugin.files import atomic_write, locked
-from dnr_plugin.network.cost import flop_report, forward_times
+from dnr_plugin.network.cost import flop_report, forward_times, ratio_quartiles
 from dnr_plugin.network.runtimes import RUNTIMES, check_runtime
 from dnr_plugin.pruning.plan import plan_removal
 from dnr_plugin.pruning.removal import prune_neurons
@@ -27,7 +27,6 @@ from dnr_plugin.reports.figures.drawing import save_figure
 from dnr_plugin.reports.table import Table
 
 FILE = "latency.json"
-LEVELS = (0.75, 0.5, 0.25)
 _SECONDS = 6.0  # that the dense and the pruned network are timed for in the end, in turn
 
 
@@ -61,24 +60,6 @@ class Latency:
     missed: str | None = None
 
 
-def levels_of(text: str | None) -> list[float]:
-    """Reads shares with commas between them; by default `LEVELS`.
-
-    Raises:
-        InputError: one that is not above 0 and below 1.
-    """
-    levels = []
-    for item in LEVELS if text is None else text.split(","):
-        try:
-            value = float(item)
-        except ValueError:
-            value = -1.0
-        if not 0.0 < value < 1.0:
-            raise InputError(f"--levels: expected shares of the latency above 0 and below 1, found {item!r}")
-        levels.append(value)
-    return levels
-
-
 def runtimes_of(text: str) -> list[str]:
     """Reads names of runtimes with commas between them.
 
@@ -107,7 +88,7 @@ def latencies_asked(
     """Plans each, in scope "latency_aware" with the magnitude of weights as score, of networks with fresh weights.
 
     Args:
-        networks: as recipes name them; runtimes, levels: see `runtimes_of` and `levels_of`; batches: sizes.
+        networks: as recipes name them; runtimes: see `runtimes_of`; batches: sizes; levels: see `Latency.asked`.
         setting: width, side and seed of `overhead.Setting`.
         device: "auto", "cpu" or "cuda".
         track: progress over a list.
@@ -143,8 +124,7 @@ def _planned(setting: Setting, runtime: str, batch: int, level: float, device: s
     flops = [flop_report(model, images[:1]).flops for model in (pruned, dense)]
     inputs = runs_in.inputs(images)
     before, after = forward_times([runs_in.prepared(m, inputs) for m in (dense, pruned)], inputs, seconds=_SECONDS)
-    ratios = [new / old for old, new in zip(before, after, strict=True)]
-    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    low, middle, high = ratio_quartiles(before, after)
     return replace(
         row,
         predicted=plan.predicted,

@@ -8,7 +8,7 @@ import gc
 import mmap
 import statistics
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -292,23 +292,27 @@ class _Bench:
 
         times: dict[str, list[float]] = {name: [] for name in observers}
         with contextlib.ExitStack() as running:
-            for each in filter(None, observers.values()):
-                running.enter_context(each)
+            opened = [running.enter_context(observer) for observer in observers.values() if observer is not None]
             if (self.setting.side or 0) <= _LARGE:
                 with torch.no_grad():
                     for _ in range(_BEFORE):
                         model(images)
             for number in range(_WARM + (self.setting.rounds or 0)):
                 for name, observer in observers.items():
-                    with contextlib.ExitStack() as others:
-                        for other in filter(None, observers.values()):
-                            if other is not observer:
-                                others.enter_context(other.paused())
+                    with _paused(other for other in opened if other is not observer):
                         seconds = self.clock(step)
                     if number >= _WARM:
                         times[name].append(seconds)
         plain = sum(next(iter(times.values())))
         return [Cost(name, statistics.fmean(taken), sum(taken) / plain) for name, taken in times.items()]
+
+
+@contextlib.contextmanager
+def _paused(observers: Iterable[Observer]) -> Iterator[None]:
+    with contextlib.ExitStack() as pauses:
+        for observer in observers:
+            pauses.enter_context(observer.paused())
+        yield
 
 
 def measured(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dnr_plugin.benchmarks.criteria.contenders import build_criterion
+from dnr_plugin.benchmarks.options import shares
 from dnr_plugin.benchmarks.testbed import Ground, dense_folder, seeded
 from dnr_plugin.devices import device_name, versions
 from dnr_plugin.errors import InputError
@@ -40,16 +41,7 @@ def shares_of(text: str | None) -> list[float]:
     Raises:
         InputError: one that is not above 0 and below 1.
     """
-    shares = []
-    for item in (SHARES if text is None else text).split(","):
-        try:
-            value = float(item)
-        except ValueError:
-            value = -1.0
-        if not 0.0 < value < 1.0:
-            raise InputError(f"--shares: expected shares of a layer above 0 and below 1, found {item.strip()!r}")
-        shares.append(value)
-    return sorted(set(shares))
+    return sorted(set(shares("--shares", SHARES if text is None else text, "a layer")))
 
 
 def run_sensitivity(

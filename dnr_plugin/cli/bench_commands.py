@@ -44,7 +44,8 @@ def register(commands: Commands) -> None:
     latency.add_argument("--side", type=positive, help="of the images, in pixels; default: 32, of torchvision's 224")
     latency.add_argument("--batch", metavar="N,N,...", type=several, default=[1, 32], help="default: 1,32")
     latency.add_argument("--runtimes", metavar="A,B,...", default="eager", help="default: eager")
-    latency.add_argument("--levels", metavar="X,X,...", help="shares of the latency to keep; default: 0.75,0.5,0.25")
+    latency.add_argument("--levels", metavar="X,X,...", default="0.75,0.5,0.25",
+                         help="shares of the latency to keep; default: 0.75,0.5,0.25")  # fmt: skip
     latency.add_argument("--output", metavar="DIR", help="folder of latency.json, latency.md and latency.png")
     takes_device(latency)
 
@@ -80,10 +81,11 @@ def register(commands: Commands) -> None:
 
 
 def _overhead(arguments: argparse.Namespace) -> int:
-    from dnr_plugin.benchmarks.growth import check_output, growth_table, write_growth
+    from dnr_plugin.benchmarks.growth import FILE, growth_table, write_growth
+    from dnr_plugin.benchmarks.options import check_output
     from dnr_plugin.benchmarks.overhead import measured
 
-    folder = check_output(arguments.output) if arguments.output is not None else None
+    folder = check_output(arguments.output, FILE) if arguments.output is not None else None
     setting = {key: getattr(arguments, key) for key in ("side", "batch", "rounds")}
     results = []
     for result in measured(
@@ -105,18 +107,17 @@ def _overhead(arguments: argparse.Namespace) -> int:
 
 
 def _latency(arguments: argparse.Namespace) -> int:
-    from dnr_plugin.benchmarks.growth import check_output
     from dnr_plugin.benchmarks.latency import (
         FILE,
         latencies_asked,
         latency_table,
-        levels_of,
         notes,
         runtimes_of,
         write_latencies,
     )
+    from dnr_plugin.benchmarks.options import check_output, shares
 
-    levels, runtimes = levels_of(arguments.levels), runtimes_of(arguments.runtimes)
+    levels, runtimes = shares("--levels", arguments.levels, "the latency"), runtimes_of(arguments.runtimes)
     folder = check_output(arguments.output, FILE) if arguments.output is not None else None
     setting = {"width": arguments.width, "side": arguments.side}
     results = []

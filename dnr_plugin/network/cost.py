@@ -200,6 +200,12 @@ def forward_times(models: list[nn.Module], inputs: Any, *, seconds: float = 2.0,
         return steadied(timed_in_turn([partial(run, model) for model in models], seconds=seconds, warmup=warmup))
 
 
+def ratio_quartiles(before: Sequence[float], after: Sequence[float]) -> list[float]:
+    """Lower quartile, median and upper quartile of ``after / before``, round by round, of times made in turn."""
+    ratios = [new / old for old, new in zip(before, after, strict=True)]
+    return statistics.quantiles(ratios, n=4, method="inclusive")
+
+
 def steadied(rounds: Sequence[Sequence[float]]) -> list[list[float]]:
     """Times of calls made in turn, each round scaled to last as long as the median round.
 

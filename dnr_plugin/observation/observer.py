@@ -157,7 +157,7 @@ class Observer(Pausable):
         """Adds up what the ranks of the default process group have read; before the context is left."""
         for name, module in self.modules.items():  # each rank may have called other layers
             device = self._device_of(module)
-            activity = self._by_device.get((name, device)) or self._empty(module, device)
+            activity = self._by_device.get((name, device)) or self._empty(name, module, device)
             activity.all_reduce()
             if activity.samples:
                 self._by_device[name, device] = activity
@@ -178,17 +178,20 @@ class Observer(Pausable):
         for name, values in state.items():
             module = self.modules[name]
             device = self._device_of(module)
-            self._by_device[name, device] = self._empty(module, device)
+            self._by_device[name, device] = self._empty(name, module, device)
             self._by_device[name, device].load_state_dict(values)
 
     def _device_of(self, module: nn.Module) -> torch.device:
         return next(itertools.chain(module.parameters(), self.model.parameters())).device
 
-    def _empty(self, module: nn.Module, device: torch.device) -> Activity:
+    def _empty(self, name: str, module: nn.Module, device: torch.device) -> Activity:
         channels, _ = consumer(module).channels
         activity = Activity(channels, threshold=self.threshold, share=self.share, bins=self.bins, device=device)
         if self.moments:
             activity.moments = moments_of(module, device)
+            earlier = self.activities.get(name)
+            if activity.moments is not None and earlier is not None and earlier.moments is not None:
+                activity.moments.go_on_from(earlier.moments)  # type: ignore[arg-type]
         return activity
 
     def _read(self, name: str, module: nn.Module, a: Tensor) -> None:
@@ -204,10 +207,7 @@ class Observer(Pausable):
         with self._lock:
             activity = self._by_device.get((name, a.device))
             if activity is None:
-                self._by_device[name, a.device] = activity = self._empty(module, a.device)
-                earlier = self.activities.get(name)
-                if activity.moments is not None and earlier is not None and earlier.moments is not None:
-                    activity.moments.go_on_from(earlier.moments)  # type: ignore[arg-type]
+                self._by_device[name, a.device] = activity = self._empty(name, module, a.device)
             batch = self._recall(module, a)
         if batch is None:
             batch = activity.of_batch(consumer(module).by_channel(a.detach()))

@@ -9,7 +9,7 @@ from torch import nn
 
 from dnr_plugin.devices import to_device
 from dnr_plugin.errors import RunError
-from dnr_plugin.network.cost import forward_times
+from dnr_plugin.network.cost import forward_times, ratio_quartiles
 from dnr_plugin.network.runtimes import RUNTIMES, Runtime
 from dnr_plugin.runs.removal_stage import MANY, TIMED, timed_images
 from dnr_plugin.runs.state import RunState
@@ -40,8 +40,7 @@ def _row(run: RunState, dense: nn.Module, runtime: Runtime, batch: int) -> dict[
     """Medians in milliseconds; of their ratio by round, how wide the middle half is."""
     images = runtime.inputs(timed_images(run, batch))
     before, after = forward_times([runtime.prepared(m, images) for m in (dense, run.model)], images, warmup=1)
-    ratios = [new / old for old, new in zip(before, after, strict=True)]
-    lower, _, upper = statistics.quantiles(ratios, n=4, method="inclusive")
+    lower, _, upper = ratio_quartiles(before, after)
     first, second = 1e3 * statistics.median(before), 1e3 * statistics.median(after)
     return {
         "runtime": runtime.name,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple, TypeVar
 
 from dnr_plugin.benchmarks.criteria.contenders import CRITERIA
+from dnr_plugin.benchmarks.options import share
 from dnr_plugin.errors import InputError, did_you_mean
 from dnr_plugin.pruning.order import COUNTED_SCOPES
 
@@ -68,12 +69,6 @@ def grid_of(
             raise ValueError("whole numbers of at least 0")
         return int(item)
 
-    def level(item: str) -> float:
-        with contextlib.suppress(ValueError):
-            if 0.0 < float(item) < 1.0:
-                return float(item)
-        raise ValueError("shares of the FLOPs above 0 and below 1")
-
     def one_of(known: Iterable[str]) -> Callable[[str], str]:
         def read(item: str) -> str:
             if item not in known:
@@ -86,7 +81,7 @@ def grid_of(
         listed("--seeds", SEEDS if seeds is None else seeds, seed),
         listed("--criteria", ",".join(CRITERIA) if criteria is None else criteria, one_of(CRITERIA)),
         listed("--scopes", ",".join(DEFAULT_SCOPES) if scopes is None else scopes, one_of(COUNTED_SCOPES)),
-        listed("--levels", LEVELS if levels is None else levels, level),
+        listed("--levels", LEVELS if levels is None else levels, partial(share, whole="the FLOPs")),
     )
     if problems:
         raise InputError(*problems)
