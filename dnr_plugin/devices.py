@@ -43,6 +43,12 @@ def to_device(model: nn.Module, device: torch.device) -> nn.Module:
     return model.to(device)
 
 
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether it is a CPU with instructions that multiply bfloat16, as torch (from 2.6 on) tells."""
+    supported = (getattr(torch.cpu, f"_is_{name}_supported", None) for name in ("avx512_bf16", "amx_tile"))
+    return device.type == "cpu" and any(ask() for ask in supported if ask is not None)
+
+
 def now(device: torch.device) -> float:
     """Seconds of a clock, once the device has done what it was given."""
     if device.type == "cuda":

@@ -1,9 +1,11 @@
-"""Sums of outer products that lose nothing, and Cholesky factors of what may be singular."""
+"""Sums of outer products that lose nothing, also under autocast, and Cholesky factors of what may be singular."""
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +15,14 @@ from dnr_plugin.errors import RunError
 _BLOCK = 192  # columns of outer products that are summed together: of square blocks on the diagonal half is in vain
 
 
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Lets float32 be computed in float32, also where a caller computes under autocast."""
+    available = torch.amp.is_autocast_available(device.type)
+    if available and torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
+
+
 def outer_products(a: Tensor, b: Tensor) -> Tensor:
     """Sum over rows of the outer products of [a, 1] and [b, 1]: [R, A], [R, B] -> [A + 1, B + 1], float64."""
     total = a.new_zeros(a.shape[1] + 1, b.shape[1] + 1, dtype=torch.float64)
@@ -20,19 +30,21 @@ def outer_products(a: Tensor, b: Tensor) -> Tensor:
         add_outer_products(total, a)
         mirror(total)
         return total
-    for left, right in _short(a, b):
-        _add_sums(total, left, right)
-        total[:-1, :-1] += left.T @ right
+    with without_autocast(a.device):
+        for left, right in _short(a, b):
+            _add_sums(total, left, right)
+            total[:-1, :-1] += left.T @ right
     return total
 
 
 def add_outer_products(total: Tensor, a: Tensor) -> None:
     """Adds ``outer_products(a, a)`` to ``total``, but not below its diagonal, which `mirror` makes up for."""
     products = total[:-1, :-1]
-    for part, _ in _short(a, a):
-        _add_sums(total, part, part)
-        for start in range(0, a.shape[1], _BLOCK):
-            products[start : start + _BLOCK, start:] += part[:, start : start + _BLOCK].T @ part[:, start:]
+    with without_autocast(a.device):
+        for part, _ in _short(a, a):
+            _add_sums(total, part, part)
+            for start in range(0, a.shape[1], _BLOCK):
+                products[start : start + _BLOCK, start:] += part[:, start : start + _BLOCK].T @ part[:, start:]
 
 
 def mirror(total: Tensor) -> None:

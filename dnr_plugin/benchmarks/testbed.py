@@ -20,7 +20,7 @@ from dnr_plugin.pruning.targets import Baseline
 from dnr_plugin.recipe.schema import Recipe
 from dnr_plugin.repair.network import repair_towards
 from dnr_plugin.repair.reference import Reference
-from dnr_plugin.runs.removal_stage import split
+from dnr_plugin.runs.removal_stage import repair_precision, split
 from dnr_plugin.runs.run import train_dense
 from dnr_plugin.runs.state import RunState, Track
 from dnr_plugin.seeds import derive_seed
@@ -88,7 +88,7 @@ class Ground:
         recalibration = list(run.calibration(recalibration_images(recipe), "recalibration images", augment))
         repairing = run.calibration(recipe.prune.repair_samples, "images to repair on", augment)
         model = run.model.eval().to(memory_format=fast_layout(run.example.device))
-        reference = Reference(model, run.example, repairing, seed=recipe.seed)
+        reference = Reference(model, run.example, repairing, amp=repair_precision(recipe), seed=recipe.seed)
         return cls(
             recipe, model, run.example, run.limits, run.dense, calibration, recalibration, reference,
             run.train_images, run.test_images, _trained_in_bfloat16(run),

@@ -283,6 +283,7 @@ class SplitAttention(nn.Module):
             for parameter in linear.parameters(recurse=False):
                 by_head = parameter.double().view(heads, width, -1)
                 parameter.copy_((change.mT.to(by_head) @ by_head).view_as(parameter))
+        torch.clear_autocast_cache()
 
 
 class SplitMultihead(SplitAttention):

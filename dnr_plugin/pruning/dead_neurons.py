@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from dnr_plugin.errors import InputError
+from dnr_plugin.linalg import without_autocast
 from dnr_plugin.network.calling import (
     batch_inputs,
     call,
@@ -189,10 +190,10 @@ def _changing(
     """
     if not removals:
         return []
-    device = next(model.parameters()).device.type
+    device = next(model.parameters()).device
     narrow = any(p.is_floating_point() and p.element_size() < 4 for p in model.parameters())
-    tolerance = EXACT_TOLERANCE_16_BITS if narrow or torch.is_autocast_enabled(device) else EXACT_TOLERANCE
-    with torch.autocast(device, enabled=False):
+    tolerance = EXACT_TOLERANCE_16_BITS if narrow or torch.is_autocast_enabled(device.type) else EXACT_TOLERANCE
+    with without_autocast(device):
         dense, wide = copied(model), (example_inputs, probe)
         if narrow:
             dense, wide = dense.float(), mapped(lambda a: a.float() if a.is_floating_point() else a, wide)

@@ -75,7 +75,8 @@ class TrainOptions(Section):
     amp: Literal["auto", True, False] = Field(
         default="auto",
         description="bfloat16 autocast and channels last; auto: where a short measurement before the training finds it "
-        "at least 1.1 times as fast (fine-tuning does as the training did), which results then depend on",
+        "at least 1.1 times as fast (fine-tuning does as the training did), which results then depend on; "
+        "train.amp: false keeps repair from bfloat16, too",
     )
     pressure: PressureOptions = Field(default=PressureOptions(), description="what makes neurons die; off by default")
 

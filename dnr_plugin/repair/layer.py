@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,7 +16,8 @@ from dnr_plugin.repair.least_squares import Task
 from dnr_plugin.repair.places import Places
 
 _FLAT = 1e-6  # of a BatchNorm's scale
-SAME = 1e-12  # share of the variance that rounding explains
+# Share of the variance that rounding explains; in 16 bits of the mean square, since means are rounded as well.
+_SAME, _SAME_16_BITS = 1e-12, 1e-4
 
 
 class Affine:
@@ -103,6 +105,7 @@ class LayerRepair:
             no fit served it better.
         left: why it was left as it was, or None.
         few: whether it was fitted at no more places than an output has weights: more images would serve it.
+        narrow: whether the networks ran in 16 bits (`Reference`'s ``amp``).
     """
 
     layer: str
@@ -111,6 +114,7 @@ class LayerRepair:
     damping: float | None = None
     left: str | None = None
     few: bool = False
+    narrow: bool = False
 
 
 @dataclass
@@ -125,6 +129,7 @@ class Fit:
         goal: what should come out at the places, with ``other`` added, shape [R, out].
         other: what is added in the pruned network, shape [R, out], or None.
         places: where.
+        narrow: whether networks run in 16 bits.
     """
 
     name: str
@@ -134,6 +139,20 @@ class Fit:
     goal: Tensor
     other: Tensor | None
     places: Places
+    narrow: bool = False
+
+    @functools.cached_property
+    def variance(self) -> float:
+        """Sum of squares of the goal around its means; > 0."""
+        goal = self.goal.relu() if self.rectified else self.goal
+        return max(float((goal - goal.mean(0)).double().square().sum()), 1e-30)
+
+    @functools.cached_property
+    def same(self) -> float:
+        """Error up to which there is nothing to fit."""
+        if not self.narrow:
+            return _SAME
+        return _SAME_16_BITS * float(self.goal.square().sum(1).double().sum()) / self.variance
 
     def rows(self) -> Tensor:
         """What the weights of the layer's outputs are multiplied with, shape [R, in * taps]."""
@@ -156,16 +175,17 @@ class Fit:
         x_parts, goals, others = (part.chunk(layer.kind.blocks, 1) for part in (x, self.goal, other))
         parts = zip(x_parts, goals, others, weights, constants, strict=True)
         tasks = [Task(*part, constant=layer.movable, rectified=self.rectified) for part in parts]
-        variance = max(sum(task.variance for task in tasks), 1e-30)
         lacks = [task.lacking(task.outputs) for task in tasks]
-        before = sum(lacks) / variance
-        if before < SAME:
-            return LayerRepair(self.name, before, before)
+        before = sum(lacks) / self.variance
+        if before < self.same:
+            return LayerRepair(self.name, before, before, narrow=self.narrow)
         tasks = [task.fitted(lack) for task, lack in zip(tasks, lacks, strict=True)]
         outputs = [task.outputs for task in tasks]
-        after = sum(task.lacking(result) for task, result in zip(tasks, outputs, strict=True)) / variance
+        after = sum(task.lacking(result) for task, result in zip(tasks, outputs, strict=True)) / self.variance
         fitted = torch.cat([task.weights for task in tasks]), torch.cat([task.constants for task in tasks])
         layer.assign(*fitted, torch.cat(outputs, 1))
         damping = max((task.damping for task in tasks if task.damping is not None), default=None)
         few = damping is not None and any(task.few for task in tasks)
-        return LayerRepair(self.name, before, before if damping is None else after, damping, few=few)
+        return LayerRepair(
+            self.name, before, before if damping is None else after, damping, few=few, narrow=self.narrow
+        )

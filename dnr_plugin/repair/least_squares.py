@@ -77,8 +77,8 @@ class Task:
             damping = trial._damping_by(_ByRows(trial, self.x[fitted], y[fitted, some]), (*_DAMPINGS, *_HARDER))
         else:
             first = _Moments.of(self.x[fitted], y[fitted])
-            others = _ByInputs(trial, replace(first, yx=first.yx[some]))
-            damping = trial._damping_by(others, _DAMPINGS)
+            # not to be kept: matrices as large as the moments
+            damping = trial._damping_by(_ByInputs(trial, replace(first, yx=first.yx[some])), _DAMPINGS)
         if damping is None:
             return self
         if self.few:
@@ -141,12 +141,6 @@ class Task:
             total, goal = total.relu(), goal.relu()
         return float((total - goal).square().sum(1).double().sum())
 
-    @property
-    def variance(self) -> float:
-        """Sum of squares of the goal around its mean."""
-        goal = self.goal.relu() if self.rectified else self.goal
-        return float((goal - goal.mean(0)).double().square().sum())
-
 
 def _first_minimum(of: Callable[[float], float], values: Sequence[float]) -> tuple[float, float]:
     """Goes downhill from the middle of some values; the last of them, and what it comes to."""
@@ -194,7 +188,14 @@ class _Solver(ABC):
 
     def __init__(self, task: Task) -> None:
         self.start, self.constants, self.constant = task.weights, task.constants, task.constant
-        self.factors: dict[float, Tensor] = {}
+        self._factored: tuple[float, Tensor] | None = None
+
+    def factored(self, matrix: Tensor, damping: float, share: float = 1.0) -> Tensor:
+        """`linalg.factor` of the same matrix as before, with ``damping * share``; the last one is remembered."""
+        if self._factored is None or self._factored[0] != damping:
+            self._factored = None  # not to hold two of them
+            self._factored = damping, factor(matrix, damping * share)
+        return self._factored[1]
 
     @abstractmethod
     def solve(self, damping: float) -> tuple[Tensor, Tensor]:
@@ -212,30 +213,32 @@ class _ByInputs(_Solver):
         super().__init__(task)
         self.moments = moments
         self.mean = moments.xx[:-1, -1] / moments.rows * self.constant
-        self.second = (moments.xx[:-1, :-1] / moments.rows).addr_(self.mean, self.mean, alpha=-1)
+
+    def _covariance(self) -> Tensor:
+        second = self.moments.xx[:-1, :-1] / self.moments.rows
+        return second.addr_(self.mean, self.mean, alpha=-1)
 
     @functools.cached_property
     def fine(self) -> tuple[Tensor, Tensor]:
         """The inputs' covariance, and what the weights as they are make of it."""
-        return self.second, self.start @ self.second
+        second = self._covariance()
+        return second, self.start @ second
 
     @functools.cached_property
     def coarse(self) -> tuple[Tensor, Tensor]:
-        second = self.second.float()
+        second = self._covariance().float()
         return second, self.start.float() @ second
 
     def solve(self, damping: float) -> tuple[Tensor, Tensor]:
         moments = self.moments
         second, explained = self.coarse if damping >= _COARSE else self.fine
-        if damping not in self.factors:
-            self.factors[damping] = factor(second, damping)
         goal = moments.yx[:, -1] / moments.rows
         cross = moments.yx[:, :-1] / moments.rows
         if self.constant:
             cross = cross - torch.outer(goal, self.mean)
         else:
             cross = cross - torch.outer(self.constants, moments.xx[:-1, -1] / moments.rows)
-        root = self.factors[damping]
+        root = self.factored(second, damping)
         weights = self.start + torch.cholesky_solve((cross - explained).T.to(root), root).T
         return weights, goal - weights @ self.mean if self.constant else self.constants
 
@@ -259,11 +262,11 @@ class _ByRows(_Solver):
 
     def solve(self, damping: float) -> tuple[Tensor, Tensor]:
         rows, inputs = self.x.shape
-        if damping not in self.factors:  # a share of the inputs' mean variance; the kernel has the sum of all
-            self.factors[damping] = factor(self.kernel, damping * rows / inputs)
+        # a share of the inputs' mean variance; the kernel has the sum of all
+        root = self.factored(self.kernel, damping, rows / inputs)
         goal = self.y.mean(0) if self.constant else self.constants
         lacks = (self.y - goal - self.explained) / rows
-        weights = self.start + torch.cholesky_solve(lacks, self.factors[damping]).T @ self.x
+        weights = self.start + torch.cholesky_solve(lacks, root).T @ self.x
         return weights, goal - weights @ self.mean if self.constant else self.constants
 
     def towards(self, x: Tensor, y: Tensor) -> _Solver:

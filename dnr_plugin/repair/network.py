@@ -26,12 +26,13 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from dnr_plugin.errors import RunError
+from dnr_plugin.linalg import without_autocast
 from dnr_plugin.network.attention import completed, split_modules
 from dnr_plugin.network.calling import call, eager, in_eval, module_names, network_of
 from dnr_plugin.network.flow import Calls
@@ -98,6 +99,7 @@ def repair_network(
     pairs: bool = False,
     rows: int | None = None,
     memory: int = 2**29,
+    amp: bool | Literal["auto"] = "auto",
     seed: int = 0,
 ) -> list[LayerRepair]:
     """Fits a pruned model, layer by layer in the order they run, to what the dense one gave on some images.
@@ -112,7 +114,7 @@ def repair_network(
         removals: root layer -> neurons that were removed, numbered as in ``dense``.
         pairs: also fit layers by what the next one makes of them, where a ReLU alone lies between (`pair`); takes
             three times as long.
-        images, rows, memory, seed: see `Reference`.
+        images, rows, memory, amp, seed: see `Reference`.
 
     Returns:
         What was done to each layer, in the order they run.
@@ -122,7 +124,7 @@ def repair_network(
         RunError: the two models do not run alike, or inputs of a layer are not finite.
     """
     eager(model)  # refused before the dense one is run
-    reference = Reference(dense, example_inputs, images, rows=rows, memory=memory, seed=seed)
+    reference = Reference(dense, example_inputs, images, rows=rows, memory=memory, amp=amp, seed=seed)
     return repair_towards(model, reference, removals, pairs=pairs)
 
 
@@ -168,6 +170,7 @@ def repair_towards(
         reached.add(name)
         there, goal = reference.at(name, module)
         wide = torch.promote_types(goal.dtype, torch.float32)
+        narrow = reference.autocast is not None or goal.dtype != wide
         goal, other = goal[:, kept[name].outputs.to(goal.device)].to(wide), None
         if site.other is not None:
             other = there.pick(consumer(module).by_channel(others[site.other]), 0).to(wide)
@@ -175,7 +178,7 @@ def repair_towards(
             if not waiting[site.other]:
                 del others[site.other]
         layer = Affine(module, modules[site.norm] if site.norm is not None else None)
-        layer_fit = Fit(name, layer, site.rectified, args[0], goal, other, there)
+        layer_fit = Fit(name, layer, site.rectified, args[0], goal, other, there, narrow)
         done[name] = layer_fit.solve()
         if name in firsts:
             done[name] = fit_pair(firsts.pop(name), layer_fit, done[name])
@@ -185,14 +188,15 @@ def repair_towards(
 
     def fit(name: str) -> Callable[[nn.Module, Any], Any]:
         def hook(module: nn.Module, args: Any) -> Any:
-            with calls.paused():
+            with calls.paused(), without_autocast(reference.device):
                 return repair(name, module, args)
 
         return hook
 
     handles = [modules[name].register_forward_pre_hook(fit(name)) for name in sites]
-    with in_eval(model, handles), calls:
+    with in_eval(model, handles), reference.precision(), calls:
         call(model, images)
+    torch.clear_autocast_cache()  # of a caller's autocast: weights as they were
     missed = [name for name in reference.targets if left[name] is None and name not in reached]
     if missed:
         raise RunError(_OTHERWISE.format(missed[0]))

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.func import jvp, vjp
 
 from dnr_plugin.linalg import factor, outer_products
-from dnr_plugin.repair.layer import SAME, Fit, LayerRepair
+from dnr_plugin.repair.layer import Fit, LayerRepair
 from dnr_plugin.repair.least_squares import HELD_OUT
 
 _ITERATIONS = 4  # of conjugate gradients
@@ -45,7 +45,7 @@ def fit_pair(first: Fit, second: Fit, row: LayerRepair) -> LayerRepair:
         What was done to the second in all; ``row`` where images that took no part would not be better served by any
         change of the first, or where all images together are not, so that all stays as it is.
     """
-    if row.error_after < SAME:
+    if row.error_after < second.same:
         return row
     layer, rows = first.layer, first.rows()
     change = _step(first, second, rows)

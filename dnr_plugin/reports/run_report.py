@@ -98,8 +98,9 @@ def facts(report: Mapping[str, Any]) -> list[str]:
     else:
         lines.append(f"{counted_dead}; no removed neuron was exactly zero.")
     if (repair := report.get("repair")) is not None:
+        narrow = ", in bfloat16," if repair.get("narrow") else ""  # reports of earlier versions do not say
         lines.append(
-            f"Repair fitted {repair['layers']} layers to the dense network's: on average they lacked "
+            f"Repair{narrow} fitted {repair['layers']} layers to the dense network's: on average they lacked "
             f"{_percent(repair['error_before'])} of the variance of what they gave, {_percent(repair['error_after'])} "
             "after it."
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from dnr_plugin.pruning.numbering import original_numbers, renumbered
 from dnr_plugin.pruning.plan import Plan, plan_removal
 from dnr_plugin.pruning.removal import prune_neurons
 from dnr_plugin.pruning.targets import Target, baseline
+from dnr_plugin.recipe.schema import Recipe
 from dnr_plugin.recipe.sections import TargetOptions
 from dnr_plugin.repair.network import repair_network
 from dnr_plugin.runs.results import Removal, Repaired
@@ -155,15 +156,22 @@ def _repair(run: RunState, dense: nn.Module, gone: dict[str, list[int]]) -> Repa
     # augmented: on the very images it was trained on, the dense network is surer than on others
     images = run.calibration(options.repair_samples, "repairing", run.recipe.data.augment)
     layers = repair_network(
-        run.model, dense, run.example, gone, images, pairs=options.repair_pairs, seed=run.recipe.seed
-    )
+        run.model, dense, run.example, gone, images,
+        pairs=options.repair_pairs, amp=repair_precision(run.recipe), seed=run.recipe.seed,
+    )  # fmt: skip
     errors = [(row.error_before, row.error_after) for row in layers if row.damping is not None]
     return Repaired(
         len(errors),
         sum(before for before, _ in errors) / max(len(errors), 1),
         sum(after for _, after in errors) / max(len(errors), 1),
         [(row.layer, row.left) for row in layers if row.left is not None],
+        any(row.narrow for row in layers),
     )
+
+
+def repair_precision(recipe: Recipe) -> Literal[False, "auto"]:
+    """``amp`` of a recipe's repair: float32 where it trains so because it was asked to."""
+    return False if recipe.train.amp is False else "auto"
 
 
 def _recalibrate(run: RunState) -> None:

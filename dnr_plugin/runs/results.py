@@ -25,12 +25,16 @@ class Seconds:
 
 @dataclass
 class Repaired:
-    """What repair did: how many layers it fitted, the mean of their errors, and the layers left as they were."""
+    """What repair did: how many layers it fitted, the mean of their errors, and the layers left as they were.
+
+    ``narrow``: whether networks ran in 16 bits meanwhile.
+    """
 
     layers: int
     error_before: float
     error_after: float
     left: list[tuple[str, str]]
+    narrow: bool = False
 
 
 @dataclass

@@ -52,4 +52,5 @@ def correct(graph: tp.DependencyGraph, e: Evidence) -> str | None:
     if isinstance(absorber, Tensor):
         shift = torch.cat(shifts).view(absorber.numel(), -1).sum(1).to(absorber)  # over a kernel's positions
         absorber.add_(shift if absorber is module.bias else -shift)
+    torch.clear_autocast_cache()
     return None

@@ -40,6 +40,26 @@ def rows_of(module: nn.Module, a: torch.Tensor) -> np.ndarray:
     return found.reshape(-1, 3).double().numpy()
 
 
+@pytest.mark.parametrize("name", ["patches", "pointwise", "linear", "tokens"])
+def test_products_are_not_rounded_under_autocast(name: str) -> None:
+    """What a layer reads in float32 goes into sums of at least that, whatever the layer itself computes in."""
+    module, shape = SHAPES[name]
+    a = torch.randn(64, *shape[1:], generator=torch.Generator().manual_seed(0))
+    sums = []
+    for enabled in (False, True):
+        with (
+            torch.no_grad(),
+            torch.autocast("cpu", torch.bfloat16, enabled=enabled),
+            Observer(nn.Sequential(module), moments=True) as observer,
+        ):
+            for batch in a.split(16):
+                observer.model(batch)
+        moments = observer.activities["0"].moments
+        assert moments is not None
+        sums.append(moments.blocks[0].sums)
+    assert torch.equal(*sums)
+
+
 @pytest.mark.parametrize("name", SHAPES)
 def test_moments_equal_numpy(name: str) -> None:
     """Of all positions where these are few; batches go into two halves in turn."""

@@ -29,7 +29,7 @@ from dnr_plugin import (
     split_attention,
 )
 from dnr_plugin.errors import InputError
-from dnr_plugin.network.graph import all_groups, build_graph
+from dnr_plugin.network.graph import all_groups, build_graph, group_of
 
 pytestmark = pytest.mark.filterwarnings(
     r"ignore:.*torch\.(jit|ao)\..* deprecated", r"ignore:torch\.quantize_per_tensor", "ignore:Please use quant_min"
@@ -293,6 +293,47 @@ def test_sixteen_bits_fold_what_32_bits_fold(dtype: torch.dtype | None) -> None:
     assert not report.left
     change = (copy.deepcopy(model).float()(X) - wide).abs().max() / wide.abs().max()
     assert float(change) < 0.02
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.attention = nn.MultiheadAttention(12, 2, batch_first=True).eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(1, 2)
+        return self.attention(tokens, tokens, tokens, need_weights=False)[0]
+
+
+def corrected(model: nn.Module) -> None:
+    importance = DyingNeuronImportance()
+    with importance.observe(model), torch.no_grad():
+        model(X)
+    group = group_of(build_graph(model, X[:1]), model.get_submodule("0"), [0, 2])
+    assert importance.repair(group) == {}
+
+
+@pytest.mark.parametrize(
+    ("make", "change"),
+    [
+        (net, lambda model: remove_dead_neurons(model, X[:1], [X], min_samples=1)),
+        (net, corrected),
+        (net, lambda model: repair_network(model, net(constant=()), X[:1], {}, X)),
+        (Attention, lambda model: split_attention(model, X[:1], [X])),
+    ],
+)
+def test_weights_that_change_are_not_in_autocasts_cache(
+    make: Callable[[], nn.Module], change: Callable[[nn.Module], Any]
+) -> None:
+    """Under autocast casts of weights are kept until its context is left."""
+    model = make()
+    with torch.autocast("cpu", torch.bfloat16):
+        model(X)
+        change(model)
+        within = model(X)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model(X), within)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -14,6 +14,7 @@ from dnr_plugin.benchmarks.testbed import Ground
 from dnr_plugin.errors import InputError
 from dnr_plugin.recipe.load import load_recipe
 from dnr_plugin.recipe.training_sections import TrainOptions
+from dnr_plugin.repair import reference
 from dnr_plugin.reports.run_report import facts
 from dnr_plugin.reports.stored import stored_report
 from dnr_plugin.runs import state, training_stage
@@ -72,6 +73,17 @@ def test_a_resumed_run_keeps_its_precision(tiny: Path, tmp_path: Path, choices: 
         run_recipe(recipe, tmp_path / f"{calls}", resume=True)
         assert len(choices) == 1
         assert_same(lasting(tmp_path / f"{calls}"), lasting(tmp_path / "straight"), calls)
+
+
+@pytest.mark.parametrize(("amp", "narrow"), [("false", False), ("auto", True), ("true", True)])
+def test_repair_runs_in_bfloat16_where_that_serves(
+    tiny: Path, tmp_path: Path, amp: str, narrow: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reference, "has_bfloat16", lambda device: True)
+    monkeypatch.setattr(reference, "_LONG", 0)
+    report = run_recipe(load_recipe(tiny, [*SHORT, f"train.amp={amp}"]), tmp_path / "run")
+    assert report["repair"]["narrow"] is narrow
+    assert any(fact.startswith("Repair, in bfloat16, fitted") for fact in facts(report)) is narrow
 
 
 @pytest.mark.usefixtures("choices")

@@ -182,10 +182,11 @@ def test_repair_in_two_steps_knows_neurons_by_their_first_numbers(
     assert sum(removed.values()) > sum(map(len, first.values())) > 0
 
     repair = report["repair"]
-    assert repair.keys() == {"layers", "error_before", "error_after", "left"}
+    assert repair.keys() == {"layers", "error_before", "error_after", "left", "narrow"}
     assert repair["layers"] > 10
     assert repair["error_after"] < repair["error_before"]
     assert repair["left"] == []
+    assert repair["narrow"] is False  # so small a network
     (line,) = [line for line in facts(report) if line.startswith("Repair fitted")]
     assert f"{repair['layers']} layers to the dense network's" in line
     named = facts({**report, "repair": {**repair, "left": [["up", "ConvTranspose2d is not repaired"]]}})
