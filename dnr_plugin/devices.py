@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import time
@@ -64,6 +65,38 @@ def memory() -> int:
         return 2**63
 
 
+_memory_kept = False
+
+
+def keep_memory() -> bool:
+    """Lets the C library keep what tensors free for the next ones, for the rest of this process.
+
+    By default glibc gives results of more than 32 MB back to the system, and what lies at the end of its heap; new
+    memory is cleared first, which may take longer than the layer that writes to it, or not, as the heap happens to lie.
+
+    Returns:
+        Whether it does now: not where it is not glibc, or where the environment says how memory is handled.
+    """
+    global _memory_kept
+    if not _memory_kept and not _allocator_settings():
+        try:
+            mallopt = ctypes.CDLL(None).mallopt
+        except (OSError, AttributeError, TypeError):  # another C library
+            return False
+        # M_MMAP_MAX, M_TRIM_THRESHOLD (never), M_TOP_PAD
+        _memory_kept = all([mallopt(-4, 0), mallopt(-1, -1), mallopt(-2, 2**26)])
+    return _memory_kept
+
+
+def _allocator_settings() -> str:
+    """What the environment has to say about how memory is handled."""
+    own = {name: value for name, value in os.environ.items() if name.startswith("MALLOC_") or name == "GLIBC_TUNABLES"}
+    libraries = os.environ.get("LD_PRELOAD", "").replace(":", " ").split()  # perhaps another allocator
+    if libraries:
+        own["LD_PRELOAD"] = " ".join(Path(library).name for library in libraries)
+    return ", ".join(f"{name}={own[name]}" for name in sorted(own))
+
+
 def check_memory(needed: float, field: str, what: str) -> None:
     """Refuses what does not fit into main memory, before it is made.
 
@@ -80,11 +113,14 @@ def check_memory(needed: float, field: str, what: str) -> None:
 
 
 def device_name(device: torch.device) -> str:
-    """The device in words, for reports: of a CPU also its vector units, since rounding differs between them."""
+    """The device in words, for reports: of a CPU also its vector units, since rounding differs between them, and
+    what its speed depends on."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     units = torch.backends.cpu.get_cpu_capability()
-    return f"CPU ({_processor()}, {units}, {torch.get_num_threads()} threads)"
+    kept = "memory kept" if _memory_kept else _allocator_settings()
+    parts = [_processor(), units, f"{torch.get_num_threads()} threads", *([kept] if kept else [])]
+    return f"CPU ({', '.join(parts)})"
 
 
 def _processor() -> str:

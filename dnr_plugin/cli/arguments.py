@@ -25,6 +25,12 @@ def command(
     return parser
 
 
+def computes(*parsers: argparse.ArgumentParser) -> None:
+    """Says of commands that they train or time networks, for which freed memory is kept (`devices.keep_memory`)."""
+    for parser in parsers:
+        parser.set_defaults(keeps_memory=True)
+
+
 def family(commands: Commands, name: str, text: str, title: str, metavar: str) -> Commands:
     """Adds a command that has commands of its own, and returns these."""
     parser = commands.add_parser(name, help=text, description=_sentence(text))

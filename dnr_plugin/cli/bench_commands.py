@@ -8,6 +8,7 @@ import json
 from dnr_plugin.cli.arguments import (
     Commands,
     command,
+    computes,
     family,
     positive,
     recipe_of,
@@ -69,6 +70,7 @@ def register(commands: Commands) -> None:
     sensitivity.add_argument("--output", metavar="DIR", required=True, help="folder; may be that of bench criteria")
     sensitivity.add_argument("--shares", metavar="X,X,...", help="of a layer; default: 0.25,0.5,0.75,0.9")
     takes_device(sensitivity)
+    computes(latency, criteria, sensitivity)  # not overhead, which tells how much memory is held
 
     zoo = command(benches, "zoo", _zoo, "prune networks of torchvision and others as their packages build them")
     zoo.add_argument("networks", metavar="NETWORK", nargs="*", default=["torchvision.*"],

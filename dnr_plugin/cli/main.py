@@ -35,6 +35,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             arguments = _parser().parse_args(argv)
             if hasattr(arguments, "resume"):
                 hint = "; add --resume to go on after the last finished epoch"
+            if argv is None and hasattr(arguments, "keeps_memory"):  # in a process of its own
+                from dnr_plugin.devices import keep_memory
+
+                keep_memory()
             code: int = arguments.command(arguments)
             return code
     except InputError as error:

@@ -6,7 +6,15 @@ import argparse
 import sys
 from pathlib import Path
 
-from dnr_plugin.cli.arguments import Commands, command, recipe_file, recipe_of, takes_device, takes_recipe
+from dnr_plugin.cli.arguments import (
+    Commands,
+    command,
+    computes,
+    recipe_file,
+    recipe_of,
+    takes_device,
+    takes_recipe,
+)
 from dnr_plugin.cli.output import DONE, show, track
 from dnr_plugin.errors import InputError, TargetError, did_you_mean
 
@@ -37,6 +45,7 @@ def register(commands: Commands) -> None:
     )
     takes_recipe(plan)
     takes_device(plan)
+    computes(run, sweep, plan)
 
     recipes = command(commands, "recipes", _recipes, "list the shipped recipes, print one, or explain every option")
     recipes.add_argument("name", nargs="?", metavar="NAME", help="a recipe to print, or: options")
