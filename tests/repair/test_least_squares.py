@@ -31,8 +31,11 @@ def test_rows_and_inputs_give_the_same(rows: int, inputs: int, constant: bool) -
     for goal in (given.goal, given.goal.relu()):
         by_inputs, by_rows = by_inputs.towards(given.x, goal), by_rows.towards(given.x, goal)
         for damping in (1e-1, 1.0, 10.0):
-            for one, other in zip(by_inputs.solve(damping), by_rows.solve(damping), strict=True):
-                torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+            (weights, constants), (others, other_constants) = by_inputs.solve(damping), by_rows.solve(damping)
+            torch.testing.assert_close(weights, others, rtol=1e-3, atol=1e-4)
+            # means are large: rounding of weights goes into constants many times over, and cancels in what comes out
+            x = given.x.double()
+            torch.testing.assert_close(x @ weights.T + constants, x @ others.T + other_constants, rtol=1e-3, atol=1e-3)
     if not constant:
         assert torch.equal(by_rows.solve(1.0)[1], given.constants)
 
