@@ -17,7 +17,7 @@ from dnr_plugin.devices import device_name, has_bfloat16
 glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="memory is kept by glibc alone")
 # What is held of 256 MiB once they are freed, and how the device is named.
 FREED = """
-import pathlib, sys, torch
+import pathlib, torch
 from dnr_plugin import devices
 def held():
     return int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * 4096
@@ -57,7 +57,6 @@ def test_what_the_environment_says_is_left_and_named() -> None:
 
 
 KEEPS = """
-import sys
 from dnr_plugin import devices
 from dnr_plugin.cli.main import main
 code = main({arguments})

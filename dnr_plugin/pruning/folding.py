@@ -36,13 +36,13 @@ def fold_means(graph: tp.DependencyGraph, evidence: Sequence[Evidence]) -> list[
                 shift = _shift(e).to(absorber.device, torch.float64)
                 sign = 1.0 if absorber is e.use.module.bias else -1.0
                 absorber.copy_(absorber.double() + sign * shift)
-                torch.clear_autocast_cache()
             what = "bias" if absorber is e.use.module.bias else "BatchNorm"
         else:
             what = absorber
         done.append(
             (type(e.use.module).__name__, what, isinstance(absorber, Tensor) and consumer(e.use.module).folds_exactly)
         )
+    torch.clear_autocast_cache()
     return done
 
 
